@@ -1,0 +1,111 @@
+"""Turn `[CONFIG.yaml] [dotted.key=value ...]` into a validated, frozen config.
+
+Called by the driver before anything heavy is imported. Every mistake becomes one ConfigurationError whose message
+names the key and the fix.
+"""
+
+import difflib
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+from configs.schema import RecipeConfig, Section
+
+ConfigT = TypeVar("ConfigT", bound=RecipeConfig)
+
+
+class ConfigurationError(ValueError):
+    """The user's input cannot be run; the message names the key, file or row, and the fix. Exit code 2."""
+
+
+def load(config_class: type[ConfigT], arguments: Sequence[str]) -> ConfigT:
+    """Read an optional YAML file, apply dotted overrides in order, validate.
+
+    Raises:
+        ConfigurationError: naming the file or key that is wrong, and what would be right.
+    """
+    files = [argument for argument in arguments if "=" not in argument]
+    overrides = [argument for argument in arguments if "=" in argument]
+    if len(files) > 1:
+        raise ConfigurationError(f"one configuration file at most, got {len(files)}: {', '.join(files)}")
+    values = _read(pathlib.Path(files[0])) if files else {}
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return config_class.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise ConfigurationError(_explain(config_class, error)) from error
+
+
+def dump(config: RecipeConfig) -> str:
+    """The resolved configuration as YAML that `load` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def help_text(config_class: type[RecipeConfig], recipe: str) -> str:
+    """Every key with its default and meaning, a line or two each."""
+    lines = [f"usage: python -m {recipe} [CONFIG.yaml] [dotted.key=value ...]", ""]
+    for key, field in leaves(config_class):
+        lines += [f"{key} = {yaml_scalar(field.default)}", f"    {field.description}"]
+    return "\n".join(lines)
+
+
+def leaves(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a config class as (dotted key, pydantic field)."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from leaves(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def yaml_scalar(value: object) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(plain, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigurationError(f"{path}: no such configuration file (an override is written key=value)")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, _, text = override.partition("=")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{key}: {text!r} is not a YAML value; quote it") from error
+    *sections, name = key.split(".")
+    for section in sections:
+        if not isinstance(values.setdefault(section, {}), dict):
+            raise ConfigurationError(f"{key}: {section} is not a section")
+        values = values[section]
+    values[name] = value
+
+
+def _explain(config_class: type[RecipeConfig], error: pydantic.ValidationError) -> str:
+    known = [key for key, _ in leaves(config_class)]
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "--help lists every key"
+            lines.append(f"{key}: unknown key; {hint}")
+            continue
+        message = item["msg"].removeprefix("Value error, ")
+        got = "" if item["type"] == "value_error" and not key else f", got {item['input']!r}"
+        lines.append(f"{key}: {message}{got}" if key else message)
+    return "\n".join(lines)

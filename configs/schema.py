@@ -1,0 +1,196 @@
+"""The configuration sections that recipes share: frozen, closed, and the only home of defaults.
+
+A recipe composes sections into its own Config, a subclass of RecipeConfig (see recipes/grpo.py). The text under each
+field is its documentation: `python -m recipes.grpo --help` prints it. Nothing here imports ray, torch or vllm, so a
+typo is reported in well under a second.
+"""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Dtype = Literal["float32", "bfloat16"]
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]+")
+
+
+class Section(BaseModel):
+    """A frozen group of keys; an unknown key is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class ModelConfig(Section):
+    path: str | None = None
+    """Hugging Face folder or hub id of a causal language model; without it the tiny sort model is built in code."""
+    revision: str | None = None
+    """Revision of a hub id (branch, tag or commit)."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model; needs a pinned `model.revision` for a hub id."""
+    compute_dtype: Dtype = "float32"
+    """Dtype of the trainer's forward and backward; master weights and optimiser state are always float32."""
+    activation_checkpointing: bool = False
+    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+
+    @model_validator(mode="after")
+    def _remote_code_is_pinned(self) -> "ModelConfig":
+        if self.trust_remote_code and self.revision is None:
+            raise ValueError("model.trust_remote_code=true runs foreign code: pin it with model.revision=<commit>")
+        return self
+
+
+class DataConfig(Section):
+    path: str | None = None
+    """JSON Lines (.jsonl) or Parquet (.parquet) file with the training prompts; without it the sort task is generated."""
+    eval_path: str | None = None
+    """File with held-out prompts; without it `eval.num_prompts` rows are held out from `data.path`."""
+    prompt_column: str = "prompt"
+    """Column with the prompt: a string, or a list of chat messages ({role, content}) for the chat template."""
+    answer_column: str = "answer"
+    """Column with the answer that the reward compares with; for sft, the completion to learn."""
+    max_prompt_tokens: PositiveInt = 512
+    """Longest prompt, in tokens."""
+    long_prompts: Literal["error", "drop", "truncate"] = "error"
+    """What to do with a longer prompt: stop before the run, leave the row out, or keep its last tokens (both counted)."""
+    shuffle: bool = True
+    """Visit the rows of each epoch in an order drawn from `seed`."""
+
+
+class TrainerConfig(Section):
+    num_workers: PositiveInt = 2
+    """Train workers, the size of the dp axis."""
+    learning_rate: PositiveFloat = 2e-4
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or decaying to zero at the last optimiser step."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimiser steps over which the learning rate rises from zero."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW betas."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """AdamW epsilon."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this global L2 norm."""
+    microbatch_tokens: PositiveInt = 8192
+    """Padded tokens of one forward pass on one rank; a longer sequence gets a microbatch of its own."""
+    row_tokens: PositiveInt = 128
+    """Completions of one group share a row, and their prompt's computation, up to this many tokens."""
+
+
+class RolloutConfig(Section):
+    num_workers: PositiveInt = 2
+    """Rollout workers, one vLLM engine each."""
+    dtype: Dtype = "float32"
+    """Dtype of the engine's weights."""
+    max_tokens: PositiveInt = 12
+    """Longest completion, in tokens."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; the trainer's logprobs are taken at the same temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling of evaluation; training samples from the full distribution, which the trainer can reproduce."""
+    top_k: NonNegativeInt = 0
+    """Top-k of evaluation sampling; 0 is off."""
+    max_num_seqs: PositiveInt = 256
+    """Sequences that one engine decodes together."""
+    kv_cache_bytes: PositiveInt = 64 << 20
+    """Memory of one engine's KV cache."""
+    eager: bool = True
+    """Run the model as it is written; false lets vLLM compile it and capture CUDA graphs (CUDA only)."""
+
+
+class TransportConfig(Section):
+    type: Literal["nixl", "object_store"] = "nixl"
+    """How weights reach the engines: Ray Direct Transport over NIXL, or Ray's object store (slow and obvious)."""
+    verify: Literal["always", "off"] = "always"
+    """Compare a digest of every rank's bytes where they were written with one where they have landed."""
+
+
+class EnvironmentConfig(Section):
+    num_workers: PositiveInt = 1
+    """Environment workers (CPU) that score completions."""
+    timeout_s: PositiveFloat = 5.0
+    """Longest time for one reward; a sample that takes longer is invalid."""
+
+
+class EvaluationConfig(Section):
+    every: NonNegativeInt = 5
+    """Evaluate after every so many steps and at the end; 0 never evaluates."""
+    num_prompts: PositiveInt = 256
+    """Held-out prompts of one evaluation, one sampled completion each."""
+
+
+class CheckpointConfig(Section):
+    every: NonNegativeInt = 20
+    """Save after every so many steps and at the end; 0 saves only at the end."""
+    keep: PositiveInt = 2
+    """Checkpoints kept; older ones are removed."""
+
+
+class LoggingConfig(Section):
+    wandb_project: str | None = None
+    """Weights & Biases project; needs `pip install wandb` and its login."""
+    trackio_project: str | None = None
+    """Trackio project; needs `pip install trackio`."""
+
+
+class DeadlineConfig(Section):
+    launch_s: PositiveFloat = 300.0
+    """Longest start of a worker group, model loading included."""
+    rollout_s: PositiveFloat = 600.0
+    """Longest wait for a step's completions."""
+    train_s: PositiveFloat = 600.0
+    """Longest wait for one forward_backward or optim_step."""
+    refit_s: PositiveFloat = 60.0
+    """Longest wait for one phase of a refit."""
+    checkpoint_s: PositiveFloat = 600.0
+    """Longest save or load of a checkpoint."""
+
+
+class ClusterConfig(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where workers run; auto takes CUDA when the cluster has enough GPUs."""
+
+
+class RecipeConfig(Section):
+    """What every recipe has; a recipe adds its own sections."""
+
+    run_name: str = ""
+    """Folder under `output_dir`; the same name resumes the run. Empty: recipe and time of the start."""
+    output_dir: str = "runs"
+    """Where run folders are kept; shared storage when the cluster has several nodes."""
+    seed: NonNegativeInt = 0
+    """Seed of data order, initial weights and sampling."""
+    steps: PositiveInt = 50
+    """Steps of the run."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    deadline: DeadlineConfig = DeadlineConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("run_name")
+    @classmethod
+    def _run_name_is_a_folder_name(cls, value: str) -> str:
+        if value and (not NAME_PATTERN.fullmatch(value) or value.strip(".") == ""):
+            raise ValueError("becomes a folder: use letters, digits, '.', '_' and '-'")
+        return value
+
+    @model_validator(mode="after")
+    def _data_and_model_come_together(self) -> "RecipeConfig":
+        if self.model.path is not None and self.data.path is None:
+            raise ValueError("model.path is set but data.path is not: the built-in sort task has its own model; set data.path")
+        if self.data.path is not None and self.model.path is None:
+            raise ValueError("data.path is set but model.path is not: the built-in model knows only digits; set model.path")
+        if self.data.eval_path is not None and self.data.path is None:
+            raise ValueError("data.eval_path is set but data.path is not: set data.path")
+        return self

@@ -1,0 +1,88 @@
+"""What moves between rollout, rewards and training: plain data, ids never text.
+
+A step of 2 prompts with 2 completions each becomes 2 TrajectoryGroups:
+
+    TrajectoryGroup(
+        prompt=Prompt(row=7, tokens=[6, 4, 5, 2], text="312=", answer="123"),
+        trajectories=[
+            Trajectory(Completion(tokens=[4, 5, 6, 1], logprobs=[-0.1, -0.7, -0.2, -0.0], finish_reason="stop",
+                                  weight_version=3), reward=1.0, advantage=0.99),
+            Trajectory(Completion(tokens=[6, 5, 4, 1], logprobs=[-1.2, -0.6, -0.1, -0.0], finish_reason="stop",
+                                  weight_version=3), reward=0.0, advantage=-0.99),
+        ],
+    )
+
+Shape suffixes: _T positions of a row, _R rows, _N predicted tokens of a microbatch.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(slots=True)
+class Prompt:
+    """One row of the data set, tokenised once."""
+
+    row: int
+    tokens: list[int]
+    text: str
+    answer: str
+
+
+@dataclass(slots=True)
+class Completion:
+    """What an engine sampled after a prompt.
+
+    `logprobs` are those of the distribution that was sampled from, one per token; `finish_reason` is "stop" or
+    "length"; `weight_version` is the version that sampled every token.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    weight_version: int
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """A completion with its reward. `invalid` holds the reason why it must not be trained on; its reward is then NaN."""
+
+    completion: Completion
+    reward: float = float("nan")
+    invalid: str | None = None
+    advantage: float = 0.0
+
+
+@dataclass(slots=True)
+class TrajectoryGroup:
+    """The trajectories of one prompt, compared with each other."""
+
+    prompt: Prompt
+    trajectories: list[Trajectory] = field(default_factory=list)
+
+    def num_tokens(self) -> int:
+        """Completion tokens that will be trained on."""
+        return sum(len(t.completion.tokens) for t in self.trajectories if t.invalid is None)
+
+
+@dataclass(slots=True)
+class Microbatch:
+    """One forward pass: rows of one prompt and one or more of its completions, padded to the longest row.
+
+    Row "p p p a a b" holds a prompt of three tokens and two completions a and b that both continue it: `segments_RT` is
+    0 0 0 1 1 2 (padding -1) and `positions_RT` 0 1 2 3 4 3. Token n of the N that are predicted has the id
+    `targets_N[n]`, is predicted by position `sources_N[n]` of the flattened rows, and carries its sampling logprob, its
+    advantage and the reference policy's logprob.
+    """
+
+    tokens_RT: np.ndarray
+    positions_RT: np.ndarray
+    segments_RT: np.ndarray
+    sources_N: np.ndarray
+    targets_N: np.ndarray
+    logprobs_N: np.ndarray
+    advantages_N: np.ndarray
+    reference_logprobs_N: np.ndarray
+    num_global_tokens: int
+    """Tokens of the whole minibatch over every rank and microbatch: the denominator of the loss."""
