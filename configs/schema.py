@@ -113,6 +113,51 @@ class TransportConfig(Section):
     """Compare a digest of every rank's bytes where they were written with one where they have landed."""
 
 
+class WarmStartConfig(Section):
+    """The supervised phase that gives the built-in sort model something to reinforce; unused with `model.path`."""
+
+    steps: NonNegativeInt = 250
+    """Supervised steps."""
+    batch_size: PositiveInt = 128
+    """Demonstrations of one supervised step."""
+    learning_rate: PositiveFloat = 2e-3
+    """Constant learning rate of the supervised phase."""
+
+
+class AlgorithmConfig(Section):
+    prompts_per_step: PositiveInt = 64
+    """Prompts of one step."""
+    group_size: PositiveInt = 8
+    """Completions of one prompt, compared with each other."""
+    num_minibatches: PositiveInt = 2
+    """Optimiser steps that a step's groups are split into."""
+    advantage_by_std: bool = True
+    """Divide advantages by the group's standard deviation (GRPO); false is Dr. GRPO's advantage."""
+    advantage_epsilon: PositiveFloat = 1e-6
+    """Added to the standard deviation."""
+    clip_low: Fraction = 0.2
+    """The ratio's lower bound is 1 - clip_low."""
+    clip_high: PositiveFloat = 0.28
+    """The ratio's upper bound is 1 + clip_high."""
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight of KL(policy, reference) in the loss; above 0, a frozen copy of the first policy is kept."""
+    max_staleness: NonNegativeInt = 0
+    """Weight versions that a trained token may lag behind; 0, the synchronous loop, is what there is so far."""
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> "AlgorithmConfig":
+        if self.group_size == 1:
+            raise ValueError("algorithm.group_size=1 leaves nothing to compare: every advantage is 0; use at least 2")
+        if self.num_minibatches > self.prompts_per_step:
+            raise ValueError(
+                f"algorithm.num_minibatches={self.num_minibatches} exceeds algorithm.prompts_per_step="
+                f"{self.prompts_per_step}: a group is not split"
+            )
+        if self.max_staleness > 0:
+            raise ValueError("algorithm.max_staleness above 0 is not supported yet; set it to 0")
+        return self
+
+
 class EnvironmentConfig(Section):
     num_workers: PositiveInt = 1
     """Environment workers (CPU) that score completions."""
@@ -177,6 +222,14 @@ class RecipeConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     deadline: DeadlineConfig = DeadlineConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    def num_gpus(self) -> int:
+        """GPUs that the run uses if the cluster has them: one for each worker that holds a model."""
+        return self.trainer.num_workers
+
+    def num_workers(self) -> int:
+        """All worker actors of the run."""
+        return self.num_gpus()
 
     @field_validator("run_name")
     @classmethod

@@ -73,7 +73,9 @@ class Microbatch:
     Row "p p p a a b" holds a prompt of three tokens and two completions a and b that both continue it: `segments_RT` is
     0 0 0 1 1 2 (padding -1) and `positions_RT` 0 1 2 3 4 3. Token n of the N that are predicted has the id
     `targets_N[n]`, is predicted by position `sources_N[n]` of the flattened rows, and carries its sampling logprob, its
-    advantage and the reference policy's logprob.
+    advantage, the reference policy's logprob and the weight version that sampled it (-1: nobody did, it was given).
+
+    Arrays are NumPy on the wire and torch tensors inside a train worker.
     """
 
     tokens_RT: np.ndarray
@@ -84,5 +86,37 @@ class Microbatch:
     logprobs_N: np.ndarray
     advantages_N: np.ndarray
     reference_logprobs_N: np.ndarray
+    versions_N: np.ndarray
     num_global_tokens: int
     """Tokens of the whole minibatch over every rank and microbatch: the denominator of the loss."""
+
+
+@dataclass(slots=True)
+class Metrics:
+    """Sums over tokens and maxima, mergeable over microbatches, minibatches and ranks.
+
+    `sums["entropy"] / weights["entropy"]` is the mean: weights count the tokens that a sum ran over, because some
+    metrics see only a part of the tokens (logprob_diff: those sampled under the trainer's present weights).
+    """
+
+    sums: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, total: float, weight: float) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + total
+        self.weights[name] = self.weights.get(name, 0.0) + weight
+
+    def maximum(self, name: str, value: float) -> None:
+        self.maxima[name] = max(self.maxima.get(name, value), value)
+
+    def merge(self, other: "Metrics") -> None:
+        for name, total in other.sums.items():
+            self.add(name, total, other.weights[name])
+        for name, value in other.maxima.items():
+            self.maximum(name, value)
+
+    def flat(self) -> dict[str, float]:
+        """Means under their own names, maxima under theirs; a mean over nothing is left out."""
+        means = {name: total / self.weights[name] for name, total in self.sums.items() if self.weights[name] > 0}
+        return means | self.maxima

@@ -1,0 +1,192 @@
+"""The command line of every recipe: parse, validate, check the machine, start or join Ray, run, report.
+
+Exit codes: 0 done; 2 the configuration or the machine is wrong, said before Ray starts; 1 the run failed, with the cause
+and the resume command on the last lines; 143 after SIGTERM and 130 after Ctrl-C, with a checkpoint of the last step.
+The driver imports neither torch nor vllm.
+"""
+
+import importlib
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+from configs.load import ConfigurationError, dump, help_text, load
+from configs.schema import RecipeConfig
+from orchestrator.run_state import newest_checkpoint
+
+STOP_GRACE_S = 60.0
+POLL_S = 0.25
+
+WORKER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # vLLM compiles a helper on CPU whatever eager says: 8 s
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "NIXL_LOG_LEVEL": "ERROR",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+class Stopped(BaseException):  # noqa: N818
+    """A signal asked the run to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+def main(recipe: str, arguments: Sequence[str] | None = None) -> int:
+    """Run a recipe: a module with a Config class, `check(config)` and `train(config, orchestrator)`."""
+    from orchestrator.preflight import preflight
+
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    module = importlib.import_module(recipe)
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text(module.Config, recipe))
+        return 0
+    try:
+        config = _named(load(module.Config, arguments), recipe)
+        preflight(config)
+        module.check(config)
+        run_dir = _run_folder(config)
+    except ConfigurationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    checkpoint = newest_checkpoint(run_dir)
+    if checkpoint is not None and checkpoint.state.step >= config.steps:
+        print(f"{run_dir} is finished at step {checkpoint.state.step}: give more steps=, or another run_name=")
+        return 0
+    return _run(recipe, config, run_dir, arguments)
+
+
+def _named(config: RecipeConfig, recipe: str) -> RecipeConfig:
+    name = config.run_name or f"{recipe.rpartition('.')[2]}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return config.model_copy(update={"run_name": name})
+
+
+def _run_folder(config: RecipeConfig) -> pathlib.Path:
+    """Make the run's folder and write its resolved config."""
+    run_dir = pathlib.Path(config.output_dir).resolve() / config.run_name
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(dump(config))
+    return run_dir
+
+
+def _run(recipe: str, config: RecipeConfig, run_dir: pathlib.Path, arguments: Sequence[str]) -> int:
+    from orchestrator.progress import Progress
+    from orchestrator.report import write_report
+
+    resume = " ".join([f"python -m {recipe}", *(a for a in arguments if not a.startswith("run_name="))])
+    resume += f" run_name={config.run_name}"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _raise_stopped)
+    code, failure = 1, ""
+    try:
+        with Progress(f"{recipe} {config.run_name}") as progress:
+            next_step = _with_ray(config.num_workers(), lambda: _drive(recipe, config, run_dir, progress.update))
+        code = 0 if next_step >= config.steps else 1
+    except Stopped as stopped:
+        code, failure = stopped.exit_code, f"stopped by {stopped}"
+    except ConfigurationError as error:
+        code, failure = 2, f"error: {error}"
+    except RunFailed as error:
+        failure = f"error: {error}"
+    if (run_dir / "metrics.jsonl").exists():
+        print(f"report: {write_report(run_dir)}")
+    if failure:
+        print(failure, file=sys.stderr)
+    if code not in (0, 2):
+        print(f"logs: {run_dir / 'logs'}\nresume with: {resume}", file=sys.stderr)
+    return code
+
+
+class RunFailed(Exception):  # noqa: N818
+    """The run ended with an error; the message is its cause."""
+
+
+def _with_ray(num_workers: int, work: Callable[[], int]) -> int:
+    import ray
+
+    _start_ray(num_workers)
+    try:
+        return work()
+    finally:
+        ray.shutdown()
+
+
+def _start_ray(num_workers: int) -> None:
+    """Join the cluster at RAY_ADDRESS, or start one on this machine."""
+    import ray
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(runtime_env={"env_vars": WORKER_ENVIRONMENT}, **quiet)
+        return
+    os.environ |= WORKER_ENVIRONMENT
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else any other process starves the workers
+    # A logical count: the workers of a laptop share its cores, Ray only has to admit them.
+    ray.init(address="local", num_cpus=max(num_workers, os.cpu_count() or 1), include_dashboard=False, object_store_memory=512 << 20, **quiet)
+    token = pathlib.Path.home() / ".ray" / "auth_token"
+    if token.exists():
+        token.chmod(0o600)
+
+
+def _drive(recipe: str, config: RecipeConfig, run_dir: pathlib.Path, show: Callable[[dict[str, Any]], None]) -> int:
+    """Run the orchestrator actor to its end, showing what it says; returns the next step to do."""
+    import ray
+
+    from orchestrator.orchestrator import Orchestrator
+
+    _link_logs(run_dir)
+    actor = ray.remote(Orchestrator).options(num_cpus=0, max_restarts=0).remote(recipe, config, str(run_dir))
+    finished = actor.run.remote()
+    shown = 0
+
+    def catch_up() -> bool:
+        nonlocal shown
+        done, _ = ray.wait([finished], timeout=POLL_S)
+        for message in ray.get(actor.messages.remote(shown), timeout=30):
+            show(message)
+            shown += 1
+        return bool(done)
+
+    try:
+        try:
+            while not catch_up():
+                pass
+        except Stopped as stopped:
+            show({"kind": "note", "text": f"{stopped}: finishing the step and saving"})
+            ray.get(actor.stop.remote(), timeout=30)
+            deadline = time.monotonic() + STOP_GRACE_S
+            while not catch_up():
+                if time.monotonic() > deadline:
+                    break
+            raise
+        return ray.get(finished)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ConfigurationError):
+            raise ConfigurationError(str(error.cause)) from error
+        (run_dir / "error.txt").write_text(str(error))
+        raise RunFailed(f"{type(error.cause).__name__}: {error.cause}") from error
+    except ray.exceptions.RayError as error:
+        raise RunFailed(f"the orchestrator died: {error}") from error
+
+
+def _link_logs(run_dir: pathlib.Path) -> None:
+    """`logs` in the run's folder leads to what Ray and the workers print."""
+    import ray
+
+    link = run_dir / "logs"
+    session = pathlib.Path(ray._private.worker._global_node.get_logs_dir_path())
+    link.unlink(missing_ok=True)
+    link.symlink_to(session)
+
+
+def _raise_stopped(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    raise Stopped(number)

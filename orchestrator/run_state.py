@@ -1,0 +1,65 @@
+"""What a run leaves in `output_dir/run_name`, and how the same command finds it again.
+
+A checkpoint is written to a temporary folder and renamed when it is whole; the newest whole one is resumed from.
+"""
+
+import json
+import pathlib
+import shutil
+from dataclasses import asdict, dataclass
+
+PREFIX = "step-"
+STATE = "state.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """Where a run is: `step` is the next step to do."""
+
+    step: int
+    optim_steps: int
+    weight_version: int
+    num_steps: int
+    """Steps that the run was asked for when it was saved; a finished run has step == num_steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    folder: pathlib.Path
+    state: RunState
+
+    @property
+    def policy(self) -> str:
+        """The Hugging Face folder."""
+        return str(self.folder / "policy")
+
+
+def newest_checkpoint(run_dir: pathlib.Path) -> Checkpoint | None:
+    """The last whole checkpoint of a run, or None."""
+    folders = sorted(folder for folder in (run_dir / "checkpoints").glob(PREFIX + "*") if (folder / STATE).is_file())
+    if not folders:
+        return None
+    return Checkpoint(folders[-1], RunState(**json.loads((folders[-1] / STATE).read_text())))
+
+
+def checkpoint_folder(run_dir: pathlib.Path, step: int) -> pathlib.Path:
+    return run_dir / "checkpoints" / f"{PREFIX}{step:08d}"
+
+
+def temporary_folder(run_dir: pathlib.Path, step: int) -> pathlib.Path:
+    """An empty folder to write a checkpoint into."""
+    folder = run_dir / "checkpoints" / f"tmp-{step:08d}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def finish_checkpoint(run_dir: pathlib.Path, temporary: pathlib.Path, state: RunState, keep: int) -> Checkpoint:
+    """Complete a checkpoint by its state and its final name; remove all but the newest `keep`."""
+    (temporary / STATE).write_text(json.dumps(asdict(state)))
+    final = checkpoint_folder(run_dir, state.step)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    for old in sorted((run_dir / "checkpoints").glob(PREFIX + "*"))[:-keep]:
+        shutil.rmtree(old)
+    return Checkpoint(final, state)

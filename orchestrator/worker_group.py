@@ -1,0 +1,110 @@
+"""SPMD actors of one role: launched together, called together, awaited together.
+
+Invariant: a call returns every rank's result or raises an error that names the ranks at fault; it never waits longer than
+its deadline. The group is the only place that talks to actors, and the source of every span of the timeline.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from orchestrator.errors import DeadlineExceeded, WorkerFailed
+from workers.worker import Timed, Worker
+
+W = TypeVar("W", bound=Worker)
+
+PEER_GRACE_S = 5.0
+"""After one rank has failed, how long the others may take to fail too: they may be stuck in a collective with it."""
+
+Observer = Callable[[str, str, Timed], None]
+"""(who, method, timed): told of every finished call."""
+
+
+class WorkerGroup(Generic[W]):
+    """`len(group)` actors called `role/rank`."""
+
+    def __init__(self, role: str, actors: list[Any], observe: Observer) -> None:
+        self.role = role
+        self._actors = actors
+        self._observe = observe
+
+    def __len__(self) -> int:
+        return len(self._actors)
+
+    @classmethod
+    def launch(
+        cls, role: str, worker: type[W], placement: PlacementGroup, options: dict[str, Any], arguments: Sequence[Any],
+        observe: Observer,
+    ) -> "WorkerGroup[W]":  # fmt: skip
+        """Start one actor per bundle, each made as `worker(rank, world_size, *arguments)`. Does not wait for them.
+
+        Args:
+            options: Ray's actor options, the same for every rank.
+        """
+        world_size = placement.bundle_count
+        actors = []
+        for rank in range(world_size):
+            strategy = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank)
+            actor_class = ray.remote(worker).options(name=None, scheduling_strategy=strategy, max_restarts=0, **options)
+            actors.append(actor_class.remote(rank, world_size, *arguments))
+        return cls(role, actors, observe)
+
+    async def call(self, method: str, *arguments: Any, deadline_s: float) -> list[Any]:
+        """Call every rank with the same arguments. Returns results by rank.
+
+        Raises:
+            WorkerFailed: a rank raised or died.
+            DeadlineExceeded: a rank had not answered after `deadline_s`.
+        """
+        return await self.scatter(method, [arguments] * len(self), deadline_s=deadline_s)
+
+    async def call_rank(self, rank: int, method: str, *arguments: Any, deadline_s: float) -> Any:
+        """Call one rank; errors as in `call`."""
+        return (await self._wait({rank: self._submit(rank, method, arguments)}, method, deadline_s))[rank]
+
+    async def scatter(self, method: str, per_rank: Sequence[Sequence[Any]], *, deadline_s: float) -> list[Any]:
+        """Call each rank with arguments of its own; errors as in `call`."""
+        assert len(per_rank) == len(self), f"{len(per_rank)} argument lists for {len(self)} ranks of {self.role}"
+        pending = {rank: self._submit(rank, method, arguments) for rank, arguments in enumerate(per_rank)}
+        results = await self._wait(pending, method, deadline_s)
+        return [results[rank] for rank in range(len(self))]
+
+    def kill(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def _submit(self, rank: int, method: str, arguments: Sequence[Any]) -> "asyncio.Future[Timed]":
+        return asyncio.ensure_future(self._actors[rank].run.remote(method, *arguments))
+
+    async def _wait(self, pending: "dict[int, asyncio.Future[Timed]]", method: str, deadline_s: float) -> dict[int, Any]:
+        _, late = await asyncio.wait(pending.values(), timeout=deadline_s, return_when=asyncio.FIRST_EXCEPTION)
+        failed = [rank for rank, future in pending.items() if future.done() and future.exception() is not None]
+        if failed:
+            await asyncio.wait(pending.values(), timeout=PEER_GRACE_S)
+            causes = [f"{self.role}/{rank} failed in {method}: {_cause(pending[rank].exception())}" for rank in failed]
+            raise WorkerFailed("; ".join(causes)) from pending[failed[0]].exception()
+        if late:
+            names = ", ".join(f"{self.role}/{rank}" for rank, future in pending.items() if not future.done())
+            for future in late:
+                future.cancel()
+            raise DeadlineExceeded(f"{names} did not answer {method} within {deadline_s:.0f} s")
+        results = {}
+        for rank, future in pending.items():
+            timed = future.result()
+            self._observe(f"{self.role}/{rank}", method, timed)
+            results[rank] = timed.result
+        return results
+
+
+def _cause(error: BaseException | None) -> str:
+    """One line: the innermost exception that Ray carries."""
+    if isinstance(error, ray.exceptions.RayTaskError):
+        error = error.cause
+    elif isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
+        return f"the process died ({str(error).splitlines()[0]})"
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"

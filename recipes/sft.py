@@ -1,0 +1,69 @@
+"""Supervised fine-tuning: `python -m recipes.sft [CONFIG.yaml] [key=value ...]`.
+
+Without arguments it teaches the built-in model a mixture of four skills, of which GRPO then finds the right one; the
+GRPO recipe's warm start calls the same functions.
+"""
+
+import sys
+from typing import TYPE_CHECKING
+
+from pydantic import PositiveInt
+
+from configs.schema import RecipeConfig, TrainerConfig, WarmStartConfig
+from recipes.data import check_files
+from recipes.objectives import NegativeLogLikelihood
+
+if TYPE_CHECKING:
+    from orchestrator.orchestrator import Orchestrator
+    from recipes.task import Task
+
+
+class Config(RecipeConfig):
+    """Keys of the sft recipe."""
+
+    steps: PositiveInt = 250
+    """Optimiser steps."""
+    batch_size: PositiveInt = 128
+    """Demonstrations of one step."""
+    trainer: TrainerConfig = TrainerConfig(learning_rate=2e-3)
+
+
+def check(config: Config) -> None:
+    """Read the user's rows. Raises ConfigurationError naming the first bad one."""
+    check_files(config.data)
+
+
+async def train(config: Config, orchestrator: "Orchestrator") -> None:
+    """One pass of supervised steps over the demonstrations, saved as it goes."""
+    from recipes.task import load_task
+
+    task = load_task(config, num_held_out=0, warm_start=WarmStartConfig(steps=0))
+    await orchestrator.launch_trainer(task.policy, temperature=1.0, num_gpus=config.num_gpus())
+    await orchestrator.configure_optimizer(config.trainer, config.steps)
+    orchestrator.log.phase("supervised training")
+    async for step in orchestrator.steps():
+        metrics = await fit_step(orchestrator, task, step, config.batch_size)
+        orchestrator.end_step(step, metrics)
+        await orchestrator.maybe_save(step, task.tokenizer_folder)
+
+
+async def fit(orchestrator: "Orchestrator", task: "Task", trainer: TrainerConfig, config: WarmStartConfig) -> None:
+    """Supervised steps before another recipe's own."""
+    await orchestrator.configure_optimizer(trainer, config.steps)
+    orchestrator.log.phase(f"supervised warm start, {config.steps} steps")
+    for step in range(config.steps):
+        metrics = await fit_step(orchestrator, task, step, config.batch_size)
+        orchestrator.log.warm_start(step + 1, config.steps, metrics["loss"])
+
+
+async def fit_step(orchestrator: "Orchestrator", task: "Task", step: int, batch_size: int) -> dict[str, float]:
+    """One optimiser step on the demonstrations of `step`."""
+    metrics = await orchestrator.forward_backward(task.demonstrations(step, batch_size), NegativeLogLikelihood())
+    metrics.merge(await orchestrator.optim_step())
+    return metrics.flat()
+
+
+if __name__ == "__main__":
+    from orchestrator.driver import main
+
+    sys.exit(main("recipes.sft"))

@@ -1,0 +1,164 @@
+"""What a run trains on: prompts, demonstrations, held-out prompts, and the policy it starts from.
+
+`load_task` gives the built-in sort task or the user's files; recipes see one interface. It runs in the orchestrator
+before any worker starts, so a bad row stops the run before a model is loaded.
+"""
+
+import hashlib
+import pathlib
+import shutil
+from typing import TYPE_CHECKING, Any, Protocol
+
+from configs.load import ConfigurationError
+from configs.schema import RecipeConfig, WarmStartConfig
+from orchestrator.orchestrator import Orchestrator, PolicySource, derive_seed
+from recipes import sort_task
+from recipes.data import Dataset, hold_out, load_rows, tokenize
+from transport.types import Completion, Prompt, Trajectory, TrajectoryGroup
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CACHE_FORMAT = "1"
+NUM_SORT_PROMPTS = 8192
+
+
+class Task(Protocol):
+    """`policy` is where the trainer starts, `tokenizer_folder` where every tokenizer is read from."""
+
+    policy: PolicySource
+    tokenizer_folder: str
+    held_out: list[Prompt]
+
+    def prompts(self, step: int, num: int) -> list[Prompt]:
+        """The prompts of a step, a function of the seed and the step alone."""
+
+    def demonstrations(self, step: int, num: int) -> list[TrajectoryGroup]:
+        """Prompts with the completion to imitate, as groups of one."""
+
+    async def warm_start(self, orchestrator: Orchestrator) -> PolicySource:
+        """Bring the trainer to the policy that reinforcement starts from, and say where that is kept."""
+
+
+def load_task(config: RecipeConfig, num_held_out: int, warm_start: WarmStartConfig) -> Task:
+    """The task that the configuration names.
+
+    Raises:
+        ConfigurationError: naming the file, row or column that is wrong.
+    """
+    if config.data.path is None:
+        return SortTask(config, num_held_out, warm_start)
+    return FileTask(config, num_held_out)
+
+
+class FileTask:
+    """The user's rows and model."""
+
+    def __init__(self, config: RecipeConfig, num_held_out: int) -> None:
+        data = config.data
+        assert data.path is not None and config.model.path is not None
+        self.policy = PolicySource(config.model.path)
+        self.tokenizer_folder = config.model.path
+        self._tokenizer = load_tokenizer(config.model.path, config.model.revision, config.model.trust_remote_code)
+        rows = load_rows(data.path, data.prompt_column, data.answer_column)
+        if data.eval_path is not None:
+            held_out = load_rows(data.eval_path, data.prompt_column, data.answer_column)[:num_held_out]
+        elif num_held_out > 0:
+            rows, held_out = hold_out(rows, num_held_out, config.seed)
+        else:
+            held_out = []
+        prompts, self.counts = tokenize(rows, self._tokenizer, data.max_prompt_tokens, data.long_prompts)
+        self.held_out = []
+        if held_out:
+            self.held_out, _ = tokenize(held_out, self._tokenizer, data.max_prompt_tokens, data.long_prompts)
+        self._dataset = Dataset(prompts, config.seed, data.shuffle)
+
+    def prompts(self, step: int, num: int) -> list[Prompt]:
+        return self._dataset.batch(step, num)
+
+    def demonstrations(self, step: int, num: int) -> list[TrajectoryGroup]:
+        return [demonstration(prompt, prompt.answer, self._tokenizer) for prompt in self.prompts(step, num)]
+
+    async def warm_start(self, orchestrator: Orchestrator) -> PolicySource:
+        return self.policy
+
+
+class SortTask:
+    """The built-in task; its supervised phase is done once per configuration and kept under `output_dir`."""
+
+    def __init__(self, config: RecipeConfig, num_held_out: int, warm_start: WarmStartConfig) -> None:
+        self._seed, self._warm_start, self._trainer = config.seed, warm_start, config.trainer
+        settings = f"{CACHE_FORMAT} {config.seed} {warm_start!r} {config.model!r} {config.trainer!r}"
+        name = "sort-" + hashlib.sha256(settings.encode()).hexdigest()[:16]
+        self._cache = pathlib.Path(config.output_dir).resolve() / ".cache" / name
+        self.tokenizer_folder = str(self._cache / "initial")
+        if not (self._cache / "initial" / "config.json").is_file():
+            sort_task.write_model_folder(self._cache / "initial")
+        self._kept = PolicySource(str(self._cache / "warm" / "policy"))
+        is_kept = (self._cache / "warm").is_dir()
+        self.policy = self._kept if is_kept else PolicySource(self.tokenizer_folder, pretrained=False)
+        self._tokenizer = load_tokenizer(self.tokenizer_folder, None, False)
+        self.counts: dict[str, int] = {}
+        pairs = sort_task.prompts(config.seed, NUM_SORT_PROMPTS, held_out=False)
+        self._dataset = Dataset(self._tokenize(pairs), config.seed, config.data.shuffle)
+        self.held_out = self._tokenize(sort_task.prompts(config.seed, num_held_out, held_out=True))
+
+    def prompts(self, step: int, num: int) -> list[Prompt]:
+        return self._dataset.batch(step, num)
+
+    def demonstrations(self, step: int, num: int) -> list[TrajectoryGroup]:
+        pairs = sort_task.demonstrations(derive_seed(self._seed, "demonstrations", step), num)
+        return [
+            demonstration(prompt, answer, self._tokenizer)
+            for prompt, (_, answer) in zip(self._tokenize(pairs), pairs, strict=True)
+        ]
+
+    async def warm_start(self, orchestrator: Orchestrator) -> PolicySource:
+        from recipes.sft import fit
+
+        if self.policy == self._kept or orchestrator.checkpoint is not None:
+            return self._kept
+        config = self._trainer.model_copy(
+            update={"learning_rate": self._warm_start.learning_rate, "schedule": "constant", "warmup_steps": 0}
+        )
+        await fit(orchestrator, self, config, self._warm_start)
+        temporary = self._cache / "warm-being-written"
+        shutil.rmtree(temporary, ignore_errors=True)
+        await orchestrator.save_policy(temporary, self.tokenizer_folder)
+        temporary.rename(self._cache / "warm")
+        return self._kept
+
+    def _tokenize(self, pairs: list[tuple[str, str]]) -> list[Prompt]:
+        rows = self._tokenizer([prompt for prompt, _ in pairs])["input_ids"] if pairs else []
+        return [
+            Prompt(row, tokens, prompt, answer)
+            for row, (tokens, (prompt, answer)) in enumerate(zip(rows, pairs, strict=True))
+        ]
+
+
+def demonstration(prompt: Prompt, answer: str, tokenizer: "PreTrainedTokenizerBase") -> TrajectoryGroup:
+    """A given completion, ended by the tokenizer's end-of-sequence token, as if it had been sampled with logprob 0."""
+    tokens = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return TrajectoryGroup(prompt, [Trajectory(Completion(tokens, [0.0] * len(tokens), "stop", -1), reward=0.0)])
+
+
+def load_tokenizer(folder: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        ConfigurationError: the folder or hub id has none, or cannot be reached.
+    """
+    from transformers import AutoTokenizer
+
+    settings: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        settings["revision"] = revision
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **settings)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"model.path: no tokenizer could be loaded from {folder}: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigurationError(
+            f"model.path: the tokenizer of {folder} has no eos_token; add it to tokenizer_config.json"
+        )
+    return tokenizer

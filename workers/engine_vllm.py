@@ -1,0 +1,157 @@
+"""vLLM's LLMEngine in this process: the only module that imports vllm.
+
+Create and step it on one thread. Weights stay plain: on CPU vLLM would prepack them into layouts that cannot be written
+in place, so its linear layers are told not to, and MoE experts keep a plain copy that is prepacked again at each commit.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process, where Ray sees it die
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_PLUGINS": "",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+}
+
+import torch
+from vllm import EngineArgs, SamplingParams
+from vllm.model_executor.layers import utils as vllm_layers
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from configs.schema import ModelConfig, RolloutConfig
+from transport.types import Completion
+from workers.engine import SamplingSpec
+
+
+class VllmEngine:
+    """An Engine (workers/engine.py) over vLLM, its weights not loaded: they come with the first refit."""
+
+    def __init__(self, model: ModelConfig, config: RolloutConfig, folder: str, max_model_len: int, seed: int) -> None:
+        if current_platform.is_cpu():
+            _keep_plain_weights()
+        arguments = EngineArgs(
+            model=folder,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            skip_tokenizer_init=True,
+            load_format="dummy",
+            dtype=config.dtype,
+            enforce_eager=config.eager,
+            max_model_len=max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            kv_cache_memory_bytes=config.kv_cache_bytes,
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",
+            disable_log_stats=True,
+            seed=seed % 2**31,
+        )
+        self._engine = LLMEngine.from_engine_args(arguments)
+        self._core = self._engine.engine_core.engine_core
+        (self._model,) = self._engine.apply_model(lambda module: module)
+        self._stop_token_ids = stop_token_ids(self._engine.vllm_config.model_config.hf_config, folder)
+        self.packed_modules_mapping: Mapping[str, list[str]] = getattr(self._model, "packed_modules_mapping", {})
+        self._experts = [module for module in self._model.modules() if hasattr(module, PLAIN_EXPERTS)]
+        self._parameters = {name: parameter.data for name, parameter in self._model.named_parameters()}
+        for name, module in self._model.named_modules():
+            for kind, tensor in getattr(module, PLAIN_EXPERTS, {}).items():
+                self._parameters[f"{name}.{kind}"] = tensor
+
+    def add_request(self, request_id: str, prompt_token_ids: list[int], sampling: SamplingSpec) -> None:
+        params = SamplingParams(
+            n=sampling.n,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            logprobs=0,
+            detokenize=False,
+            stop_token_ids=self._stop_token_ids,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self._engine.add_request(request_id, {"prompt_token_ids": prompt_token_ids}, params)
+
+    def has_unfinished_requests(self) -> bool:
+        return self._engine.has_unfinished_requests()
+
+    def step(self) -> list[tuple[str, list[Completion]]]:
+        return [
+            (output.request_id, [_completion(sample) for sample in output.outputs])
+            for output in self._engine.step()
+            if output.finished
+        ]
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def parameters(self) -> Mapping[str, torch.Tensor]:
+        return self._parameters
+
+    def weights_written(self, weight_version: int) -> None:
+        for module in self._experts:
+            _prepack_experts(module)
+        self._core.pause_scheduler("keep", clear_cache=True)
+        self._engine.set_weight_version(str(weight_version))
+        self._core.resume_scheduler()
+
+    def close(self) -> None:
+        self._engine.engine_core.shutdown()
+
+
+def stop_token_ids(hf_config: Any, folder: str) -> list[int]:
+    """Ids that end a completion, which it keeps: those of the generation config, else those of the model's."""
+    from transformers import GenerationConfig
+
+    try:
+        ids = GenerationConfig.from_pretrained(folder).eos_token_id
+    except OSError:  # the folder has no generation_config.json
+        ids = None
+    if ids is None:
+        ids = hf_config.get_text_config().eos_token_id
+    if ids is None:
+        raise ValueError(f"{folder}: neither generation_config.json nor config.json has an eos_token_id")
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+def _completion(sample: Any) -> Completion:
+    tokens = list(sample.token_ids)
+    logprobs = [entry[token].logprob for entry, token in zip(sample.logprobs, tokens, strict=True)]
+    versions = {int(span.version) for span in sample.weight_versions}
+    assert len(versions) == 1, f"a completion was sampled under weight versions {sorted(versions)}"
+    return Completion(tokens, logprobs, sample.finish_reason, versions.pop())
+
+
+PLAIN_EXPERTS = "plain_expert_weights"
+
+
+def _keep_plain_weights() -> None:
+    """Before an engine is made on CPU: linear layers use their weight as it is, experts remember it unpacked."""
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    def plain_linear(layer: torch.nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    prepack = CPUUnquantizedExperts.process_weights_after_loading
+    if getattr(prepack, "keeps_plain", False):
+        return
+
+    def prepack_copy(self: Any, layer: torch.nn.Module) -> None:
+        if not hasattr(layer, PLAIN_EXPERTS):
+            plain = {name: getattr(layer, name).data for name in ("w13_weight", "w2_weight")}
+            setattr(layer, PLAIN_EXPERTS, plain)
+        prepack(self, layer)
+
+    prepack_copy.keeps_plain = True  # type: ignore[attr-defined]
+    vllm_layers.dispatch_cpu_unquantized_gemm = plain_linear
+    CPUUnquantizedExperts.process_weights_after_loading = prepack_copy
+
+
+def _prepack_experts(module: Any) -> None:
+    """Derive the kernel's expert weights from the plain ones again."""
+    for name, tensor in getattr(module, PLAIN_EXPERTS).items():
+        setattr(module, name, torch.nn.Parameter(tensor, requires_grad=False))
+    module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(module)

@@ -1,0 +1,96 @@
+"""The policy: a Hugging Face causal language model that returns logprobs of chosen tokens, sharded by FSDP2.
+
+Any model whose `forward` applies its output embedding to hidden states works: a hook hands the head only the positions
+that predict something, and the model's own scaling or soft-capping of logits still applies.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from configs.schema import ModelConfig
+from transport.types import Microbatch
+from workers.logprobs import token_logprobs
+
+WRAP_LAYERS_FROM_PARAMETERS = 50_000_000
+
+
+class Policy(nn.Module):
+    """`forward(microbatch)` -> (logprobs_N, entropies_N) of the microbatch's targets."""
+
+    def __init__(self, model: PreTrainedModel, temperature: float) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self._sources_N: torch.Tensor | None = None
+        head = model.get_output_embeddings()
+        head.register_forward_pre_hook(self._keep_sources)
+
+    def forward(self, batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
+        self._sources_N = batch.sources_N
+        logits_NV = self.model(
+            input_ids=batch.tokens_RT,
+            position_ids=batch.positions_RT,
+            attention_mask=attention_mask(batch.segments_RT),
+            use_cache=False,
+        ).logits
+        return token_logprobs(logits_NV, batch.targets_N, self.temperature)
+
+    def _keep_sources(self, head: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (inputs[0].flatten(0, 1)[self._sources_N],)
+
+
+def attention_mask(segments_RT: torch.Tensor) -> torch.Tensor:
+    """Boolean mask of shape R, 1, T, T: a position sees its own segment and the prompt (segment 0), never the future.
+
+    A padding position sees itself: a row of the mask that is all false would make NaN in softmax.
+    """
+    num_positions = segments_RT.shape[1]
+    causal = torch.ones(num_positions, num_positions, dtype=torch.bool, device=segments_RT.device).tril()
+    queries, keys = segments_RT.unsqueeze(2), segments_RT.unsqueeze(1)
+    return ((queries == keys) | ((keys == 0) & (queries >= 0))).logical_and_(causal).unsqueeze(1)
+
+
+def build_model(config: ModelConfig, folder: str, pretrained: bool, seed: int) -> PreTrainedModel:
+    """The model on the CPU in float32: weights from the folder, or drawn from the seed, the same on every rank."""
+    settings: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "attn_implementation": "sdpa"}
+    if config.revision is not None:
+        settings["revision"] = config.revision
+    if pretrained:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **settings)
+    else:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    _check_attention(model)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # the engine samples without dropout
+    return model.train()
+
+
+def shard(policy: Policy, mesh: DeviceMesh, compute_dtype: str) -> Policy:
+    """Shard parameters over the mesh, dimension 0; a small model as a whole, a large one layer by layer."""
+    precision = MixedPrecisionPolicy(param_dtype=getattr(torch, compute_dtype), reduce_dtype=torch.float32)
+    size = sum(parameter.numel() for parameter in policy.parameters())
+    if size >= WRAP_LAYERS_FROM_PARAMETERS:
+        layers = set(policy.model._no_split_modules or ())
+        for module in list(policy.modules()):
+            if type(module).__name__ in layers:
+                fully_shard(module, mesh=mesh, mp_policy=precision)
+    return fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+
+
+def _check_attention(model: PreTrainedModel) -> None:
+    """Our mask is full attention within a sequence; a window shorter than the context would be ignored in silence."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"{type(model).__name__}: attention of kind {sorted(kinds)} is not supported by the trainer")
+    if "sliding_attention" in kinds and config.sliding_window < config.max_position_embeddings:
+        raise ValueError(f"{type(model).__name__}: sliding-window attention is not supported by the trainer")

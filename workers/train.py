@@ -1,0 +1,232 @@
+"""A train worker: one rank of the trainer. Driven by the orchestrator; every rank gets the same calls in the same order.
+
+`forward_backward` accumulates gradients, `optim_step` applies them, `publish` writes this rank's own shards, cast to the
+engine's dtype, into its arena. No rank ever gathers the model for a refit.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from configs.schema import ModelConfig, TrainerConfig
+from transport.arena import Arena, Slot
+from transport.base import Publisher
+from transport.layout import Box, Layout, Shard
+from transport.receipt import digest
+from transport.types import Metrics, Microbatch
+from workers.checkpoint import load_optimizer, save_optimizer, save_policy
+from workers.mesh import join_mesh, open_rendezvous
+from workers.model import Policy, build_model, shard
+from workers.worker import Worker
+
+Loss = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, Metrics]]
+"""(logprobs_N, microbatch) -> (loss summed over its tokens, metrics). The worker divides by the global token count."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySpec:
+    """What a worker needs to build its shard of a policy."""
+
+    model: ModelConfig
+    folder: str
+    pretrained: bool
+    seed: int
+    temperature: float
+    device: str
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What one train rank hands to the engines for one weight version."""
+
+    handle: Any
+    digest: str | None
+    num_bytes: int
+    pack_s: float
+    digest_s: float
+
+
+class PolicyWorker(Worker):
+    """A rank that holds a shard of a policy and computes logprobs; as it stands, the reference policy."""
+
+    def __init__(self, rank: int, world_size: int, spec: PolicySpec) -> None:
+        torch.set_num_threads(1)
+        self.rank, self.world_size, self.spec = rank, world_size, spec
+        self._store: dist.TCPStore | None = None
+
+    def rendezvous(self) -> str:
+        """Called on rank 0 only: the address that every rank passes to `setup`."""
+        self._store, address = open_rendezvous(self.world_size, self.spec.timeout_s)
+        return address
+
+    def setup(self, address: str) -> int:
+        """Join the mesh and build the policy's shard. Returns the number of parameters of the whole policy."""
+        spec = self.spec
+        self._mesh = join_mesh(self._store, address, self.rank, self.world_size, spec.device, spec.timeout_s)
+        self._device = torch.device(spec.device)
+        model = build_model(spec.model, spec.folder, spec.pretrained, spec.seed)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        self.policy = shard(Policy(model, spec.temperature), self._mesh, spec.model.compute_dtype)
+        # FSDP swaps a module's parameters while it is gathered; these sharded ones are the masters throughout.
+        prefix = "model."
+        self.parameters: dict[str, DTensor] = {
+            name.removeprefix(prefix): parameter for name, parameter in self.policy.named_parameters()
+        }
+        return size
+
+    @torch.no_grad()
+    def logprobs(self, microbatches: list[Microbatch]) -> list[Any]:
+        """This policy's logprobs_N of each microbatch, as NumPy arrays."""
+        return [self.policy(self._to_device(batch))[0].float().cpu().numpy() for batch in microbatches]
+
+    def _to_device(self, batch: Microbatch) -> Microbatch:
+        arrays = {name: getattr(batch, name) for name in Microbatch.__slots__ if name != "num_global_tokens"}
+        tensors = {name: torch.from_numpy(array).to(self._device) for name, array in arrays.items()}
+        return dataclasses.replace(batch, **tensors)
+
+
+class TrainWorker(PolicyWorker):
+    """A PolicyWorker that learns and publishes."""
+
+    def setup(self, address: str) -> int:
+        size = super().setup(address)
+        self.weight_version = -1
+        self._dirty = True
+        self._publisher: Publisher | None = None
+        return size
+
+    def configure_optimizer(self, config: TrainerConfig, total_steps: int) -> None:
+        """A fresh AdamW; `total_steps` optimiser steps is where the learning-rate schedule ends."""
+        self._config, self._total_steps, self._optim_steps = config, total_steps, 0
+        self._optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            foreach=True,
+        )
+
+    def forward_backward(self, microbatches: list[Microbatch], loss: Loss) -> Metrics:
+        """Add the gradient of `loss` over these microbatches, the same number on every rank.
+
+        Args:
+            loss: summed over a microbatch's tokens; divided here by the minibatch's global token count, so that the
+                gradient does not depend on how tokens are split over microbatches and ranks.
+        """
+        metrics = Metrics()
+        for index, numpy_batch in enumerate(microbatches):
+            batch = self._to_device(numpy_batch)
+            self.policy.set_requires_gradient_sync(index == len(microbatches) - 1)
+            logprobs_N, entropies_N = self.policy(batch)
+            summed, loss_metrics = loss(logprobs_N, batch)
+            # FSDP averages gradients over ranks; the loss is a sum over ranks.
+            (summed * (self.world_size / batch.num_global_tokens)).backward()
+            metrics.merge(loss_metrics)
+            metrics.add("loss", summed.item(), len(logprobs_N))
+            metrics.add("entropy", entropies_N.sum().item(), len(entropies_N))
+            self._compare_with_sampler(metrics, logprobs_N.detach(), batch)
+        return metrics
+
+    def _compare_with_sampler(self, metrics: Metrics, logprobs_N: torch.Tensor, batch: Microbatch) -> None:
+        """Tokens sampled under exactly these weights must have the logprob that the engine gave them."""
+        if self._dirty:
+            return
+        differences = (logprobs_N - batch.logprobs_N).abs()[batch.versions_N == self.weight_version]
+        if len(differences) > 0:
+            metrics.add("logprob_diff/mean", differences.sum().item(), len(differences))
+            metrics.maximum("logprob_diff/max", differences.max().item())
+
+    def optim_step(self) -> Metrics:
+        """Clip, step and clear the gradients."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self._config.max_grad_norm, foreach=True)
+        rate = learning_rate(self._config, self._optim_steps, self._total_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._optim_steps += 1
+        self._dirty = True
+        metrics = Metrics()
+        metrics.maximum("grad_norm", (norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
+        metrics.maximum("learning_rate", rate)
+        return metrics
+
+    def gradients(self) -> dict[str, Any]:
+        """Full gradients by name, as NumPy arrays on every rank; for tests of invariant 5."""
+        return {name: parameter.grad.full_tensor().cpu().numpy() for name, parameter in self.parameters.items()}
+
+    def layout(self) -> Layout:
+        """Which rows of each parameter this rank holds."""
+        shards = []
+        for name, parameter in self.parameters.items():
+            shape, start = compute_local_shape_and_global_offset(parameter.shape, self._mesh, parameter.placements)
+            if math.prod(shape) > 0:
+                box = Box(tuple(start), tuple(shape))
+                shards.append(Shard(name, box, self.rank, name, (0,) * len(box.shape)))
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+        return Layout(shapes, shards, dict.fromkeys(shapes, "float32"))
+
+    def connect(self, slots: list[Slot], transport: Any) -> None:
+        """Make the arena that every refit reuses, and the transport's end of it."""
+        self._arena = Arena(slots, self._device)
+        self._destinations = [self._arena.views[slot.storage] for slot in slots]
+        self._sources = [self.parameters[slot.storage].to_local().detach() for slot in slots]
+        self._publisher = transport.publisher(self._arena)
+
+    def publish(self, version: int, verify: bool) -> Publication:
+        """Write this rank's shards into the arena as weight version `version`."""
+        assert self._publisher is not None, "connect comes before publish"
+        start = time.perf_counter()
+        torch._foreach_copy_(self._destinations, self._sources)
+        packed = time.perf_counter()
+        written = digest(self._arena) if verify else None
+        digested = time.perf_counter()
+        self.weight_version, self._dirty = version, False
+        return Publication(
+            self._publisher.publish(), written, self._arena.num_bytes, packed - start, digested - packed
+        )
+
+    def save(self, folder: str, tokenizer_folder: str) -> None:
+        """Write the policy as a Hugging Face folder (`policy/`) and the optimiser's state (`optimizer/`)."""
+        save_policy(self.policy.model, self.parameters, folder, tokenizer_folder, self.rank)
+        save_optimizer(self.policy, self._optimizer, folder)
+
+    def save_policy(self, folder: str, tokenizer_folder: str) -> None:
+        """Write the policy alone."""
+        save_policy(self.policy.model, self.parameters, folder, tokenizer_folder, self.rank)
+
+    def load_optimizer(self, folder: str, optim_steps: int) -> None:
+        """Read the optimiser's state that `save` wrote; the weights come from `folder`/policy at setup."""
+        load_optimizer(self.policy, self._optimizer, folder)
+        self._optim_steps = optim_steps
+
+    def close(self) -> None:
+        if self._publisher is not None:
+            self._publisher.close()
+        with contextlib.suppress(ValueError):  # no group: setup never ran
+            dist.destroy_process_group()
+
+
+def learning_rate(config: TrainerConfig, step: int, total_steps: int) -> float:
+    """The rate of optimiser step `step` (from 0): a linear rise, then constant, linear or cosine decay to zero."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = min((step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1), 1.0)
+    match config.schedule:
+        case "constant":
+            return config.learning_rate
+        case "linear":
+            return config.learning_rate * (1 - progress)
+        case "cosine":
+            return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
