@@ -107,14 +107,14 @@ class Orchestrator:
         self.reference = await self._launch_policy("reference", PolicyWorker, source, temperature)
 
     async def launch_rollouts(
-        self, folder: str, config: RolloutConfig, max_prompt_tokens: int, transport: TransportConfig
+        self, folder: str, config: RolloutConfig, longest_prompt: int, transport: TransportConfig
     ) -> None:
         """Start the engines, without weights, and connect them to the trainer: the first refit fills them."""
         from workers.rollout import RolloutWorker, make_vllm_engine
 
         self.log.phase(f"starting {config.num_workers} vLLM engines")
         deadline_s = self.config.deadline.launch_s
-        length = max_prompt_tokens + config.max_tokens
+        length = longest_prompt + config.max_tokens
         engine = functools.partial(make_vllm_engine, self.config.model, config, folder, length, self.config.seed)
         placement = await place("rollout", config.num_workers, self.device, deadline_s)
         options = actor_options(self.device, max_concurrency=4, enable_tensor_transport=True)

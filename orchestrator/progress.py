@@ -108,7 +108,8 @@ class Progress:
 
     def _update_step(self, steps: int, metrics: dict[str, Any]) -> None:
         self._phase = "training"
-        self._step, self._steps, self._metrics = metrics.get("step", self._step + 1), steps, metrics
+        next_step = self._arrivals[-1][0] + 1 if self._arrivals else 1
+        self._step, self._steps, self._metrics = metrics.get("step", next_step), steps, metrics
         self._arrivals.append((self._step, time.monotonic()))
         if (reward := metrics.get("reward/mean")) is not None and math.isfinite(reward):
             self._rewards.append(reward)
@@ -171,7 +172,7 @@ def clock_time(seconds: float) -> str:
 
 
 def figures(metrics: dict[str, Any], formats: dict[str, tuple[str, str]]) -> list[str]:
-    """ "loss -0.0021" for every {"loss": (key, format)} that the metrics have; a NaN is shown, it is news."""
+    """A part like `loss -0.0021` for every {"loss": (key, format)} that was measured; a NaN is shown, it is news."""
     return [f"{label} {metrics[key]:{form}}" for label, (key, form) in formats.items() if metrics.get(key) is not None]
 
 
@@ -220,15 +221,15 @@ def progress_row(step: int, steps: int) -> Table:
 
 def time_rows(metrics: dict[str, Any], before: list[str]) -> list[RenderableType]:
     """How long the step took and on what: a bar with a colour for each part, and a row that says which is which."""
-    step_s = metrics.get("time/step_s")
-    if not step_s or not math.isfinite(step_s):
-        return [line("   ".join(before))]
+    step_s = metrics.get("time/step_s") or 0.0
     seconds = {label: metrics.get(key) or 0.0 for label, (key, _) in TIME_PARTS.items()}
     seconds["rest"] = max(0.0, step_s - sum(seconds.values()))
+    total_s, drawn = sum(seconds.values()), 0
+    if total_s == 0 or not math.isfinite(total_s):
+        return [line("   ".join(before))]
     colors = {label: color for label, (_, color) in TIME_PARTS.items()} | {"rest": "bright_black"}
     bar = line("   ".join([*before, f"{step_s:.2f} s a step "]))
     legend = []
-    total_s, drawn = sum(seconds.values()), 0
     for so_far, (label, part_s) in zip(accumulate(seconds.values()), seconds.items(), strict=True):
         end = round(TIME_BAR_WIDTH * so_far / total_s)
         bar.append("█" * (end - drawn), colors[label])

@@ -1,7 +1,7 @@
 """One page that shows a whole run: reads what the run wrote in its folder and writes `report.html` beside it.
 
 Invariant: the page is replaced whole, needs no network, and nothing that a run wrote (a completion, a reason, a note)
-can act as markup or script in it: text is HTML-escaped, and data is JSON in which `<`, `>` and `&` are escaped. A line
+can act as markup or script in it: text is HTML-escaped, and data is JSON in which `<` is escaped. A line
 that holds no JSON object, torn by a kill, is skipped and counted on the page; a value that is not finite is a gap.
 
 Called when a run ends, and by hand on any run's folder. This module chooses and thins the numbers and writes the text;
@@ -345,8 +345,7 @@ def lane_of(who: str, spans: list[list[Any]], max_spans: int) -> Row:
 
 def script_json(data: Row) -> str:
     """JSON that cannot end the script element that holds it."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def shown(value: object) -> str:

@@ -104,7 +104,8 @@ def _cause(error: BaseException | None) -> str:
     """One line: the innermost exception that Ray carries."""
     if isinstance(error, ray.exceptions.RayTaskError):
         error = error.cause
-    elif isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
-        return f"the process died ({str(error).splitlines()[0]})"
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    if isinstance(error, ray.exceptions.RayActorError):
+        # A failed constructor's traceback ends with its exception; any other death is described on the first line.
+        return f"its start failed: {lines[-1].strip()}" if "creation task" in lines[0] else f"the process died: {lines[0]}"
+    return f"{type(error).__name__}: {lines[0]}"

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from configs.schema import (
     AlgorithmConfig,
@@ -41,7 +41,7 @@ class Config(RecipeConfig):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     rollout: RolloutConfig = RolloutConfig()
     transport: TransportConfig = TransportConfig()
-    reward: str = "exact_match"
+    reward: str = Field(default="exact_match", validate_default=True)
     """exact_match, math_verify, or the import path package.module:function of your own."""
     environment: EnvironmentConfig = EnvironmentConfig()
     eval: EvaluationConfig = EvaluationConfig()
@@ -107,7 +107,7 @@ async def launch(config: Config, orchestrator: "Orchestrator") -> "Task":
     temperature, algorithm = config.rollout.temperature, config.algorithm
     await orchestrator.launch_trainer(task.policy, temperature, config.num_gpus())
     _, _, start = await asyncio.gather(
-        orchestrator.launch_rollouts(task.policy.folder, config.rollout, config.data.max_prompt_tokens, config.transport),
+        orchestrator.launch_rollouts(task.policy.folder, config.rollout, task.longest_prompt, config.transport),
         orchestrator.launch_environments(config.environment, config.reward, task.tokenizer_folder),
         task.warm_start(orchestrator),
     )

@@ -29,6 +29,7 @@ class Task(Protocol):
     policy: PolicySource
     tokenizer_folder: str
     held_out: list[Prompt]
+    longest_prompt: int
 
     def prompts(self, step: int, num: int) -> list[Prompt]:
         """The prompts of a step, a function of the seed and the step alone."""
@@ -71,6 +72,7 @@ class FileTask:
         self.held_out = []
         if held_out:
             self.held_out, _ = tokenize(held_out, self._tokenizer, data.max_prompt_tokens, data.long_prompts)
+        self.longest_prompt = max(len(prompt.tokens) for prompt in prompts + self.held_out)
         self._dataset = Dataset(prompts, config.seed, data.shuffle)
 
     def prompts(self, step: int, num: int) -> list[Prompt]:
@@ -99,9 +101,10 @@ class SortTask:
         self.policy = self._kept if is_kept else PolicySource(self.tokenizer_folder, pretrained=False)
         self._tokenizer = load_tokenizer(self.tokenizer_folder, None, False)
         self.counts: dict[str, int] = {}
-        pairs = sort_task.prompts(config.seed, NUM_SORT_PROMPTS, held_out=False)
-        self._dataset = Dataset(self._tokenize(pairs), config.seed, config.data.shuffle)
+        prompts = self._tokenize(sort_task.prompts(config.seed, NUM_SORT_PROMPTS, held_out=False))
+        self._dataset = Dataset(prompts, config.seed, config.data.shuffle)
         self.held_out = self._tokenize(sort_task.prompts(config.seed, num_held_out, held_out=True))
+        self.longest_prompt = max(len(prompt.tokens) for prompt in prompts + self.held_out)
 
     def prompts(self, step: int, num: int) -> list[Prompt]:
         return self._dataset.batch(step, num)

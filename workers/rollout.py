@@ -52,6 +52,10 @@ def make_vllm_engine(model: ModelConfig, config: RolloutConfig, folder: str, max
     return VllmEngine(model, config, folder, max_model_len, seed)
 
 
+class EngineFailed(RuntimeError):  # noqa: N818
+    """The engine raised and is gone. Carries text only: an engine's exceptions need not survive pickling."""
+
+
 class EngineThread:
     """Owns the engine: creates, steps and closes it on its own thread."""
 
@@ -59,7 +63,7 @@ class EngineThread:
         self._commands: queue.SimpleQueue[tuple[Callable[[Engine], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._finished: list[tuple[str, list[Completion]]] = []
         self._changed = threading.Condition()
-        self._error: BaseException | None = None
+        self._error: EngineFailed | None = None
         self._thread = threading.Thread(target=self._main, args=(make_engine,), name="engine", daemon=True)
         self._thread.start()
 
@@ -67,16 +71,14 @@ class EngineThread:
         """Run `command(engine)` between two steps and return its result."""
         future: Future[Any] = Future()
         self._commands.put((command, future))
-        if self._error is not None:
-            raise RuntimeError("the engine thread has ended") from self._error
+        self._check()
         return future.result()
 
     def take_finished(self, num: int, timeout_s: float) -> list[tuple[str, list[Completion]]]:
         """Wait until `num` requests have finished and return all that have."""
         with self._changed:
             done = self._changed.wait_for(lambda: len(self._finished) >= num or self._error is not None, timeout_s)
-            if self._error is not None:
-                raise RuntimeError("the engine thread has ended") from self._error
+            self._check()
             if not done:
                 raise TimeoutError(f"{len(self._finished)} of {num} requests finished within {timeout_s:.0f} s")
             taken, self._finished = self._finished, []
@@ -98,7 +100,7 @@ class EngineThread:
                             self._changed.notify_all()
             engine.close()
         except BaseException as error:
-            self._end(error)
+            self._end(EngineFailed(f"{type(error).__name__}: {error}"))
             raise
 
     def _run_commands(self, engine: Engine) -> bool:
@@ -115,10 +117,14 @@ class EngineThread:
                 try:
                     future.set_result(command(engine))
                 except Exception as error:
-                    future.set_exception(error)
+                    future.set_exception(EngineFailed(f"{type(error).__name__}: {error}"))
                     raise
 
-    def _end(self, error: BaseException) -> None:
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _end(self, error: "EngineFailed") -> None:
         with self._changed:
             self._error = error
             self._changed.notify_all()

@@ -107,7 +107,9 @@ def test_a_missing_column_is_named_with_the_columns_there_are_and_the_key_to_set
     row = {"prompt": "1?", "answer": "1"} | {"text": "1"}
     del row[column]
     there = ", ".join(row)
-    assert f"line 2: no column '{column}'; it has {there}: set data.{column}_column" in refusal(write_row(tmp_path, row))
+    assert f"line 2: no column '{column}'; it has {there}: set data.{column}_column" in refusal(
+        write_row(tmp_path, row)
+    )
 
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.table({name: [value] for name, value in row.items()}), path)
@@ -166,7 +168,9 @@ def test_strings_get_the_tokenizers_special_tokens_and_chats_those_of_the_templa
 
 def test_chat_messages_need_a_chat_template_that_accepts_them(tokenizer: Any):
     tokenizer.chat_template = None
-    with pytest.raises(ConfigurationError, match="row 5: .* has no chat template"):
+    with pytest.raises(
+        ConfigurationError, match=r"row 5: the prompt is a list of chat messages, but .* no chat template"
+    ):
         tokenize([Row(5, [{"role": "user", "content": "1"}], "1")], tokenizer, 4, "error")
     tokenizer.chat_template = CHAT_TEMPLATE
     with pytest.raises(ConfigurationError, match="row 5: the chat template refuses these messages: no tools here"):

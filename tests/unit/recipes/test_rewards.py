@@ -1,3 +1,4 @@
+import pathlib
 import subprocess
 import sys
 
@@ -81,12 +82,28 @@ def test_a_users_reward_is_found_without_being_imported_into_the_driver():
         (f"{SAMPLE_REWARDS}:absent", "sample_rewards.py) has no absent"),
         (f"{SAMPLE_REWARDS}:NOT_A_FUNCTION", "is int, not a function"),
         (f"{SAMPLE_REWARDS}:two_arguments", "must take one argument, the sample"),
-        ("antigravity.absent:reward", "importing antigravity.absent failed with"),
-        ("tests.unit.workers.exiting_module:reward", "ended with status 3"),
     ],
 )
 def test_a_reward_that_cannot_be_used_is_refused_with_the_fix(import_path: str, problem: str):
     with pytest.raises(ConfigurationError) as caught:
         rewards.resolve(import_path)
     assert import_path in str(caught.value)
+    assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("1 / 0", "importing users_rewards failed with ZeroDivisionError: division by zero"),
+        ("def reward(sample) return 1", "importing users_rewards failed with SyntaxError"),
+        ("import sys; sys.exit(3)", "the process that imports it ended with status 3"),
+    ],
+)
+def test_a_module_that_fails_on_import_is_refused_with_its_error(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, source: str, problem: str
+):
+    (tmp_path / "users_rewards.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigurationError) as caught:
+        rewards.resolve("users_rewards:reward")
     assert problem in str(caught.value)

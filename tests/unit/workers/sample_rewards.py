@@ -55,6 +55,11 @@ def _loop_in_c(sample: Sample) -> float:
     return ctypes.PyDLL(None).sleep(3600)
 
 
+def _nap(sample: Sample) -> float:
+    time.sleep(0.2)
+    return 0.5
+
+
 def _segfault(sample: Sample) -> float:
     return ctypes.string_at(0)[0]
 
@@ -97,6 +102,8 @@ ACTIONS = {
     "string": lambda sample: "1.0",
     "none": lambda sample: None,
     "true": lambda sample: True,
+    "false": lambda sample: False,
+    "nap": _nap,
     "print": _print,
     "spawn": _spawn,
     "read stdin": lambda sample: float(len(sys.stdin.read())),
