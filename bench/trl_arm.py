@@ -2,16 +2,17 @@
 
 Run by the interpreter of .venv-trl (`make bench-setup`), never by Rayfit's own; it imports nothing of Rayfit. A GRPO
 step is `prompts * group` completions, their rewards and `minibatches` optimiser steps, each completion trained once.
-The settings are the fastest that we found for TRL on this work: transformers' generate (its continuous batching is
-several times slower in fp32 on a CPU), one device batch per minibatch, fused AdamW, nothing logged, saved or printed.
-TRL's extra forward for the old logprobs stays: its second minibatch needs them, and generate does not return them.
+The settings are the fastest that we found for TRL on this work: transformers' generate (its continuous batching takes
+over twice as long in fp32 on a CPU), eager attention, a minibatch per forward, fused AdamW, nothing logged or saved;
+torch.compile gains nothing. TRL's forward for the old logprobs stays: its second minibatch needs them.
 
-Writes one JSON object, times in seconds, one list entry per GRPO step, warm-up included:
+Writes one JSON object; a list has an entry per GRPO step, warm-up included, and the CPU time is a mean without it:
     {"seconds_per_step": [0.91, ...], "tokens_per_step": [3841, ...], "reward_per_step": [0.31, ...],
      "cpu_seconds_per_step": 0.93, "accuracy": 0.91, "threads": 1}
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -38,18 +39,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=pathlib.Path, required=True, help="training rows, JSON Lines {prompt, answer}")
     parser.add_argument("--eval", type=pathlib.Path, required=True, help="held-out rows, the same")
     parser.add_argument("--steps", type=int, default=20, help="GRPO steps, warm-up included")
-    parser.add_argument("--warmup", type=int, default=4, help="first steps, in which the number of threads is chosen")
+    parser.add_argument("--warmup", type=int, default=4, help="first GRPO steps, left out of the CPU time")
     parser.add_argument("--prompts", type=int, default=64, help="prompts of one GRPO step")
     parser.add_argument("--group", type=int, default=8, help="completions of one prompt")
     parser.add_argument("--minibatches", type=int, default=2, help="optimiser steps of one GRPO step")
     parser.add_argument("--max-tokens", type=int, default=12, help="longest completion")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--threads", type=int, default=0, help="OpenMP threads; 0 takes the faster of 1 and 2")
+    parser.add_argument("--threads", type=int, default=1, help="OpenMP threads")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=pathlib.Path, required=True, help="the JSON result")
     arguments = parser.parse_args()
-    if arguments.threads == 0 and arguments.warmup < 4:
-        parser.error("choosing the number of threads takes --warmup 4 or more; or set --threads")
     if arguments.warmup >= arguments.steps:
         parser.error(f"--steps {arguments.steps} leaves nothing to measure after --warmup {arguments.warmup}")
     return arguments
@@ -80,7 +79,7 @@ def grpo_config(arguments: argparse.Namespace, output_dir: str) -> GRPOConfig:
         adam_beta2=0.95,
         weight_decay=0.0,
         max_grad_norm=1.0,
-        model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
+        model_init_kwargs={"dtype": "float32", "attn_implementation": "eager"},
         use_cpu=True,
         bf16=False,
         per_device_train_batch_size=num_completions // arguments.minibatches,
@@ -124,38 +123,23 @@ class ExactMatch:
 
 
 class Stopwatch(TrainerCallback):
-    """Time of each GRPO step, from the end of the last optimiser step before it to the end of its own last.
+    """Times of each GRPO step, from the end of the optimiser step before it to the end of its own last."""
 
-    The first warm-up step pays for what is lazy. The others alternate between one and two threads, unless the number is
-    given; the faster stays.
-    """
-
-    def __init__(self, minibatches: int, warmup: int, threads: int) -> None:
+    def __init__(self, minibatches: int) -> None:
         self.minibatches = minibatches
-        self.warmup = warmup
-        self.threads_of_warmup = [threads or 1 + step % 2 for step in range(warmup)]
-        self.threads = threads
-        self.seconds_per_step: list[float] = []
-        self.cpu_seconds_per_step: list[float] = []
+        self.ends_s: list[float] = []
+        self.cpu_ends_s: list[float] = []
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        torch.set_num_threads(self.threads_of_warmup[0] if self.warmup else self.threads)
-        self.started, self.cpu_started = time.perf_counter(), cpu_seconds()
+        self._lap()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step % self.minibatches:
-            return
-        now, cpu_now = time.perf_counter(), cpu_seconds()
-        self.seconds_per_step.append(now - self.started)
-        self.cpu_seconds_per_step.append(cpu_now - self.cpu_started)
-        num_steps = len(self.seconds_per_step)
-        if num_steps < self.warmup:
-            torch.set_num_threads(self.threads_of_warmup[num_steps])
-        elif num_steps == self.warmup:
-            timed = zip(self.seconds_per_step[1:], self.threads_of_warmup[1:], strict=True)
-            self.threads = self.threads or min(timed)[1]
-            torch.set_num_threads(self.threads)
-        self.started, self.cpu_started = time.perf_counter(), cpu_seconds()
+        if state.global_step % self.minibatches == 0:
+            self._lap()
+
+    def _lap(self) -> None:
+        self.ends_s.append(time.perf_counter())
+        self.cpu_ends_s.append(cpu_seconds())
 
 
 def cpu_seconds() -> float:
@@ -191,9 +175,10 @@ def sampled_accuracy(
 
 def main() -> None:
     arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     reward = ExactMatch(tokenizer.eos_token_id)
-    stopwatch = Stopwatch(arguments.minibatches, arguments.warmup, arguments.threads)
+    stopwatch = Stopwatch(arguments.minibatches)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=arguments.model,
@@ -206,14 +191,14 @@ def main() -> None:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     accuracy = sampled_accuracy(trainer.model, tokenizer, read_rows(arguments.eval), arguments.max_tokens)
-    measured_cpu = stopwatch.cpu_seconds_per_step[arguments.warmup :]
     result = {
-        "seconds_per_step": stopwatch.seconds_per_step,
+        "seconds_per_step": [end - start for start, end in itertools.pairwise(stopwatch.ends_s)],
         "tokens_per_step": reward.tokens_per_step,
         "reward_per_step": reward.reward_per_step,
-        "cpu_seconds_per_step": sum(measured_cpu) / len(measured_cpu),
+        "cpu_seconds_per_step": (stopwatch.cpu_ends_s[-1] - stopwatch.cpu_ends_s[arguments.warmup])
+        / (arguments.steps - arguments.warmup),
         "accuracy": accuracy,
-        "threads": stopwatch.threads,
+        "threads": arguments.threads,
     }
     arguments.output.write_text(json.dumps(result))
 

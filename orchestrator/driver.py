@@ -112,14 +112,14 @@ class RunFailed(Exception):  # noqa: N818
 def _with_ray(num_workers: int, work: Callable[[], int]) -> int:
     import ray
 
-    _start_ray(num_workers)
+    start_ray(num_workers)
     try:
         return work()
     finally:
         ray.shutdown()
 
 
-def _start_ray(num_workers: int) -> None:
+def start_ray(num_workers: int) -> None:
     """Join the cluster at RAY_ADDRESS, or start one on this machine."""
     import ray
 

@@ -73,7 +73,7 @@ class Orchestrator:
         try:
             await recipe.train(self.config, self)
         finally:
-            await self._close()
+            await self.close()
         return self._next_step
 
     async def messages(self, cursor: int) -> list[dict[str, Any]]:
@@ -118,7 +118,7 @@ class Orchestrator:
         engine = functools.partial(make_vllm_engine, self.config.model, config, folder, length, self.config.seed)
         placement = await place("rollout", config.num_workers, self.device, deadline_s)
         options = actor_options(self.device, max_concurrency=4, enable_tensor_transport=True)
-        self.rollouts = self._launch("rollout", RolloutWorker, placement, options, (engine,))
+        self.rollouts = self.launch("rollout", RolloutWorker, placement, options, (engine,))
         self._weight_sync = WeightSync(self.trainer, self.rollouts, transport, deadline_s)
         await self._weight_sync.connect()
 
@@ -130,7 +130,7 @@ class Orchestrator:
         placement = await place("environment", config.num_workers, "cpu", self.config.deadline.launch_s)
         arguments = (reward, config.timeout_s, tokenizer_folder)
         options = actor_options("cpu")
-        self.environments = self._launch("environment", EnvironmentWorker, placement, options, arguments)
+        self.environments = self.launch("environment", EnvironmentWorker, placement, options, arguments)
         await self.environments.call("describe", deadline_s=self.config.deadline.launch_s)
 
     async def configure_optimizer(self, config: TrainerConfig, total_optim_steps: int) -> None:
@@ -292,12 +292,12 @@ class Orchestrator:
         )
         placement = await place(role, config.trainer.num_workers, self.device, deadline_s)
         options = actor_options(self.device, enable_tensor_transport=True)
-        group = self._launch(role, worker, placement, options, (spec,))
+        group = self.launch(role, worker, placement, options, (spec,))
         address = await group.call_rank(0, "rendezvous", deadline_s=deadline_s)
         await group.call("setup", address, deadline_s=deadline_s)
         return group
 
-    def _launch(self, role: str, worker: Any, placement: Any, options: dict[str, Any], arguments: Any) -> WorkerGroup[Any]:
+    def launch(self, role: str, worker: Any, placement: Any, options: dict[str, Any], arguments: Any) -> WorkerGroup[Any]:
         group: WorkerGroup[Any] = WorkerGroup.launch(role, worker, placement, options, arguments, self.log.observe)
         self._groups.append(group)
         return group
@@ -309,7 +309,7 @@ class Orchestrator:
             for microbatch, logprobs_N in zip(microbatches, logprobs, strict=True):
                 microbatch.reference_logprobs_N = logprobs_N
 
-    async def _close(self) -> None:
+    async def close(self) -> None:
         """End every worker; a run that failed must not wait for workers that may be stuck."""
         for group in self._groups:
             group.kill()

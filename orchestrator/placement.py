@@ -35,10 +35,12 @@ async def place(role: str, num_workers: int, device: Literal["cpu", "cuda"], dea
     bundle: dict[str, float] = {"CPU": LOCAL_CPUS_PER_WORKER}
     if device == "cuda":
         bundle["GPU"] = 1
-    group = placement_group([bundle] * num_workers, strategy="PACK", name=f"rayfit-{role}")
+    group = placement_group([bundle] * num_workers, strategy="PACK")
     if not await asyncio.to_thread(group.wait, deadline_s):
         free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
-        raise PlacementFailed(f"{role}: {num_workers} bundles of {bundle} were not free within {deadline_s:.0f} s; free: {free}")
+        raise PlacementFailed(
+            f"{role}: {num_workers} bundles of {bundle} were not free within {deadline_s:.0f} s; free: {free}"
+        )
     return group
 
 

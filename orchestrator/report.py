@@ -1,11 +1,11 @@
 """One page that shows a whole run: reads what the run wrote in its folder and writes `report.html` beside it.
 
 Invariant: the page is replaced whole, needs no network, and nothing that a run wrote (a completion, a reason, a note)
-can act as markup or script in it: text is HTML-escaped, and data is JSON in which `<` is escaped. A line
-that holds no JSON object, torn by a kill, is skipped and counted on the page; a value that is not finite is a gap.
+can act as markup or script in it: text is HTML-escaped, and data is JSON in which `<` is escaped. A line that holds no
+JSON object, torn by a kill, is skipped and counted on the page; a value that is not finite is a gap.
 
-Called when a run ends, and by hand on any run's folder. This module chooses and thins the numbers and writes the text;
-the script in report_template.html draws them.
+Called when a run ends; works as well on the folder of one that was killed or still goes on. This module chooses and
+thins the numbers and writes the text; the script in report_template.html draws them.
 """
 
 import html
@@ -292,7 +292,7 @@ def timeline_of(spans: list[Row]) -> Row:
     for span in sorted(spans, key=lambda span: (span["start"], -span["end"])):
         start, end = (round((span[key] - origin) * 1000, 2) for key in ("start", "end"))
         step, name = number(span, "step"), str(span.get("name"))
-        by_lane.setdefault(str(span.get("who")), []).append([0, name_index[name], step, start, max(start, end)])
+        by_lane.setdefault(str(span.get("who")), []).append([0, name_index[name], step, start, end])
         if step is not None and name == "forward_backward":
             step_marks.setdefault(step, start)
     lanes = [lane_of(who, by_lane[who], MAX_SPANS // len(by_lane)) for who in sorted(by_lane, key=lane_rank)]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import ray
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.errors import DeadlineExceeded, WorkerFailed
@@ -27,10 +27,9 @@ Observer = Callable[[str, str, Timed], None]
 class WorkerGroup(Generic[W]):
     """`len(group)` actors called `role/rank`."""
 
-    def __init__(self, role: str, actors: list[Any], observe: Observer) -> None:
+    def __init__(self, role: str, actors: list[Any], placement: PlacementGroup, observe: Observer) -> None:
         self.role = role
-        self._actors = actors
-        self._observe = observe
+        self._actors, self._placement, self._observe = actors, placement, observe
 
     def __len__(self) -> int:
         return len(self._actors)
@@ -51,7 +50,7 @@ class WorkerGroup(Generic[W]):
             strategy = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank)
             actor_class = ray.remote(worker).options(name=None, scheduling_strategy=strategy, max_restarts=0, **options)
             actors.append(actor_class.remote(rank, world_size, *arguments))
-        return cls(role, actors, observe)
+        return cls(role, actors, placement, observe)
 
     async def call(self, method: str, *arguments: Any, deadline_s: float) -> list[Any]:
         """Call every rank with the same arguments. Returns results by rank.
@@ -74,8 +73,10 @@ class WorkerGroup(Generic[W]):
         return [results[rank] for rank in range(len(self))]
 
     def kill(self) -> None:
+        """End every actor at once and give its resources back."""
         for actor in self._actors:
             ray.kill(actor)
+        remove_placement_group(self._placement)
 
     def _submit(self, rank: int, method: str, arguments: Sequence[Any]) -> "asyncio.Future[Timed]":
         return asyncio.ensure_future(self._actors[rank].run.remote(method, *arguments))

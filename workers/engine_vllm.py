@@ -29,9 +29,16 @@ from workers.engine import SamplingSpec
 
 
 class VllmEngine:
-    """An Engine (workers/engine.py) over vLLM, its weights not loaded: they come with the first refit."""
+    """An Engine (workers/engine.py) over vLLM.
 
-    def __init__(self, model: ModelConfig, config: RolloutConfig, folder: str, max_model_len: int, seed: int) -> None:
+    Args:
+        max_model_len: longest prompt and completion together, in tokens.
+        load_format: vLLM's; "dummy" loads nothing, for weights that come with the first refit.
+    """
+
+    def __init__(
+        self, model: ModelConfig, config: RolloutConfig, folder: str, max_model_len: int, seed: int, load_format: str
+    ) -> None:
         if current_platform.is_cpu():
             _keep_plain_weights()
         arguments = EngineArgs(
@@ -39,7 +46,7 @@ class VllmEngine:
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             skip_tokenizer_init=True,
-            load_format="dummy",
+            load_format=load_format,
             dtype=config.dtype,
             enforce_eager=config.eager,
             max_model_len=max_model_len,
@@ -51,6 +58,7 @@ class VllmEngine:
             seed=seed % 2**31,
         )
         self._engine = LLMEngine.from_engine_args(arguments)
+        self._engine.set_weight_version("0")
         self._core = self._engine.engine_core.engine_core
         (self._model,) = self._engine.apply_model(lambda module: module)
         self._stop_token_ids = stop_token_ids(self._engine.vllm_config.model_config.hf_config, folder)

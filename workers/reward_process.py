@@ -63,6 +63,7 @@ def _die_with_worker(lifeline: int) -> None:
     A reward that loops for ever, perhaps in C with the GIL held, never reads the end of stdin. The kernel signals the
     owner of an O_ASYNC pipe when its last writer is gone; nobody ever writes to this one.
     """
+    assert os.getpgrp() == os.getpid(), "started without a session of its own, the worker's group would be killed"
     os.set_inheritable(lifeline, False)
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)

@@ -45,11 +45,13 @@ class Staged:
     num_bytes: int
 
 
-def make_vllm_engine(model: ModelConfig, config: RolloutConfig, folder: str, max_model_len: int, seed: int) -> Engine:
+def make_vllm_engine(
+    model: ModelConfig, config: RolloutConfig, folder: str, max_model_len: int, seed: int, load_format: str = "dummy"
+) -> Engine:
     """A VllmEngine, imported here because importing vllm takes seconds and only the engine's process needs it."""
     from workers.engine_vllm import VllmEngine
 
-    return VllmEngine(model, config, folder, max_model_len, seed)
+    return VllmEngine(model, config, folder, max_model_len, seed, load_format)
 
 
 class EngineFailed(RuntimeError):  # noqa: N818

@@ -91,6 +91,12 @@ def test_a_line_that_is_not_json_is_named(tmp_path: pathlib.Path):
     assert "line 2: not valid JSON" in refusal(path)
     path.write_bytes(b'{"prompt": "\xff", "answer": "2"}\n')
     assert "line 1: not valid JSON" in refusal(path)
+    assert "line 1: not valid JSON" in refusal(write(tmp_path, "[" * 100_000))
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: pathlib.Path):
+    (tmp_path / "rows.jsonl").symlink_to("/proc/self/mem")
+    assert "cannot be read" in refusal(tmp_path / "rows.jsonl")
 
 
 def test_half_a_surrogate_pair_is_refused_and_a_whole_one_is_a_character(tmp_path: pathlib.Path):

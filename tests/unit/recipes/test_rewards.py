@@ -57,7 +57,8 @@ def test_math_verify_runs_in_an_environment_worker():
     assert answers == [{"reward": 1.0, "invalid": None}, {"reward": 0.0, "invalid": None}]
 
 
-def test_short_names_stand_for_the_built_in_rewards():
+def test_short_names_stand_for_the_built_in_rewards_which_need_no_check(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(rewards, "RewardProcess")
     assert rewards.resolve("exact_match") == "recipes.rewards:exact_match"
     assert rewards.resolve("math_verify") == "recipes.rewards:math_verify"
     assert rewards.resolve("recipes.rewards:exact_match") == "recipes.rewards:exact_match"

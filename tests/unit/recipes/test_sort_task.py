@@ -55,12 +55,15 @@ def test_export_writes_both_sides_as_rows_of_prompt_and_answer(tmp_path: pathlib
 
 
 def test_the_tokenizer_gives_one_id_per_character_and_gives_text_back_without_spaces(tmp_path: pathlib.Path):
+    from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
     sort_task.write_model_folder(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer("7413=")["input_ids"] == [10, 7, 4, 6, 2]
     assert tokenizer.decode([4, 6, 7, 10, 1, 0, 0], skip_special_tokens=True) == "1347"
+    backend = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert backend.decode([4, 6, 7, 10, 1, 0, 0]) == "1347"
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)) == (0, 1, 64)
 
 

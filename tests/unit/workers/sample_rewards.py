@@ -41,6 +41,10 @@ def _raise(sample: Sample) -> float:
     raise ValueError("no such answer " + "x" * 1000)
 
 
+def _raise_half_a_surrogate_pair(sample: Sample) -> float:
+    raise ValueError("\ud83d")
+
+
 def _loop(sample: Sample) -> float:
     while True:
         try:
@@ -79,11 +83,11 @@ def _spawn(sample: Sample) -> float:
     return 0.0
 
 
-def _write_everywhere(sample: Sample) -> float:
+def _write_everywhere(data: bytes) -> float:
     """Write where the answers go, as only hostile code would."""
     for descriptor in range(3, 64):
         try:
-            os.write(descriptor, b"\xff" * 64)
+            os.write(descriptor, data)
         except OSError:
             continue
     return 1.0
@@ -108,5 +112,7 @@ ACTIONS = {
     "spawn": _spawn,
     "read stdin": lambda sample: float(len(sys.stdin.read())),
     "pid": lambda sample: float(os.getpid()),
-    "write everywhere": _write_everywhere,
+    "write an endless frame": lambda sample: _write_everywhere(b"\xff" * 64),
+    "write a frame of noise": lambda sample: _write_everywhere(b"\x00\x00\x00\x01\xc1"),
+    "half a surrogate pair": _raise_half_a_surrogate_pair,
 }

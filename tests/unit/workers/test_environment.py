@@ -76,7 +76,9 @@ def test_no_samples_have_no_rewards(score: Score):
         ("exit", "exit"),
         ("sys.exit", "exit"),
         ("segfault", "exit"),
-        ("write everywhere", "exit"),
+        ("write an endless frame", "exit"),
+        ("write a frame of noise", "exit"),
+        ("half a surrogate pair", "exception: ValueError: ?"),
         ("nan", "nan"),
         ("infinity", "nan"),
         ("string", "type: str is not a number"),
@@ -135,6 +137,12 @@ def test_an_async_reward_is_awaited():
 def test_a_large_batch_passes_through_pipes_that_hold_less(score: Score):
     completions = [str(index % 10) * 1000 for index in range(5000)]
     assert score(*completions) == [(1000.0, None)] * 5000
+
+
+def test_a_process_that_exits_before_it_has_read_a_large_batch_costs_one_sample(score: Score):
+    first, *others = score("exit", *["a" * 1000] * 5000)
+    assert first[1] == "exit"
+    assert others == [(1000.0, None)] * 5000
 
 
 def test_five_hundred_trivial_rewards_take_milliseconds(score: Score):
