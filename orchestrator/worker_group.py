@@ -85,7 +85,10 @@ class WorkerGroup(Generic[W]):
         _, late = await asyncio.wait(pending.values(), timeout=deadline_s, return_when=asyncio.FIRST_EXCEPTION)
         failed = [rank for rank, future in pending.items() if future.done() and future.exception() is not None]
         if failed:
+            # The others' errors follow from the first ones'; they are waited for and retrieved, not reported.
             await asyncio.wait(pending.values(), timeout=PEER_GRACE_S)
+            for future in pending.values():
+                _ = future.exception() if future.done() else future.cancel()
             causes = [f"{self.role}/{rank} failed in {method}: {_cause(pending[rank].exception())}" for rank in failed]
             raise WorkerFailed("; ".join(causes)) from pending[failed[0]].exception()
         if late:
