@@ -47,7 +47,7 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     path: str | None = None
-    """JSON Lines (.jsonl) or Parquet (.parquet) file with the training prompts; without it the sort task is generated."""
+    """JSON Lines (.jsonl) or Parquet (.parquet) file of training prompts; without it the sort task is generated."""
     eval_path: str | None = None
     """File with held-out prompts; without it `eval.num_prompts` rows are held out from `data.path`."""
     prompt_column: str = "prompt"
@@ -57,7 +57,7 @@ class DataConfig(Section):
     max_prompt_tokens: PositiveInt = 512
     """Longest prompt, in tokens."""
     long_prompts: Literal["error", "drop", "truncate"] = "error"
-    """What to do with a longer prompt: stop before the run, leave the row out, or keep its last tokens (both counted)."""
+    """What to do with a longer prompt: stop before the run, leave the row out, or keep its last tokens."""
     shuffle: bool = True
     """Visit the rows of each epoch in an order drawn from `seed`."""
 
@@ -167,7 +167,7 @@ class EnvironmentConfig(Section):
 
 class EvaluationConfig(Section):
     every: NonNegativeInt = 5
-    """Evaluate after every so many steps and at the end; 0 never evaluates."""
+    """Evaluate before the first step, after every so many and at the end; 0 evaluates at the end alone."""
     num_prompts: PositiveInt = 256
     """Held-out prompts of one evaluation, one sampled completion each."""
 
@@ -241,9 +241,13 @@ class RecipeConfig(Section):
     @model_validator(mode="after")
     def _data_and_model_come_together(self) -> "RecipeConfig":
         if self.model.path is not None and self.data.path is None:
-            raise ValueError("model.path is set but data.path is not: the built-in sort task has its own model; set data.path")
+            raise ValueError(
+                "model.path is set but data.path is not: the built-in sort task has its own model; set data.path"
+            )
         if self.data.path is not None and self.model.path is None:
-            raise ValueError("data.path is set but model.path is not: the built-in model knows only digits; set model.path")
+            raise ValueError(
+                "data.path is set but model.path is not: the built-in model knows only digits; set model.path"
+            )
         if self.data.eval_path is not None and self.data.path is None:
             raise ValueError("data.eval_path is set but data.path is not: set data.path")
         return self

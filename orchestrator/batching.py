@@ -7,6 +7,7 @@ count, so that how tokens were split changes nothing.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -35,7 +36,7 @@ class Row:
 def split_minibatches(groups: Sequence[TrajectoryGroup], num_minibatches: int) -> list[list[TrajectoryGroup]]:
     """Consecutive groups, as even in number as possible."""
     bounds = [len(groups) * index // num_minibatches for index in range(num_minibatches + 1)]
-    return [list(groups[low:high]) for low, high in zip(bounds, bounds[1:], strict=False)]
+    return [list(groups[low:high]) for low, high in pairwise(bounds)]
 
 
 def make_microbatches(groups: Sequence[TrajectoryGroup], dp_size: int, budget: Budget) -> list[list[Microbatch]]:

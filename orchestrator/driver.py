@@ -1,13 +1,15 @@
 """The command line of every recipe: parse, validate, check the machine, start or join Ray, run, report.
 
-Exit codes: 0 done; 2 the configuration or the machine is wrong, said before Ray starts; 1 the run failed, with the cause
-and the resume command on the last lines; 143 after SIGTERM and 130 after Ctrl-C, with a checkpoint of the last step.
-The driver imports neither torch nor vllm.
+Exit codes: 0 done; 2 the configuration or the machine is wrong, said before Ray starts; 1 the run failed, with the
+cause and the resume command on the last lines; 143 after SIGTERM and 130 after Ctrl-C, with a checkpoint of the last
+step. The driver imports neither torch nor vllm.
 """
 
 import importlib
+import math
 import os
 import pathlib
+import shlex
 import signal
 import sys
 import time
@@ -21,6 +23,10 @@ from orchestrator.run_state import newest_checkpoint
 
 STOP_GRACE_S = 60.0
 POLL_S = 0.25
+ANSWER_TIMEOUT_S = 60.0
+
+Show = Callable[[dict[str, Any]], None]
+"""Takes a message of orchestrator/progress.py."""
 
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -32,12 +38,30 @@ WORKER_ENVIRONMENT = {
 }
 
 
-class Stopped(BaseException):  # noqa: N818
-    """A signal asked the run to end."""
+class Stopped(Exception):  # noqa: N818
+    """A signal asked the run to end, and it has."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.exit_code = 128 + number
+
+
+class StopRequest:
+    """Remembers the first SIGTERM or Ctrl-C; the second one ends the process at once.
+
+    A flag, not an exception: Ray's compiled calls turn an exception raised by a handler into another one.
+    """
+
+    number: int | None = None
+
+    def listen(self) -> None:
+        """Ray puts its own handlers in place when it starts: call this before and after."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
 
 
 def main(recipe: str, arguments: Sequence[str] | None = None) -> int:
@@ -81,14 +105,14 @@ def _run(recipe: str, config: RecipeConfig, run_dir: pathlib.Path, arguments: Se
     from orchestrator.progress import Progress
     from orchestrator.report import write_report
 
-    resume = " ".join([f"python -m {recipe}", *(a for a in arguments if not a.startswith("run_name="))])
-    resume += f" run_name={config.run_name}"
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _raise_stopped)
+    kept = [argument for argument in arguments if not argument.startswith("run_name=")]
+    resume = shlex.join(["python", "-m", recipe, *kept, f"run_name={config.run_name}"])
+    stop = StopRequest()
+    stop.listen()
     code, failure = 1, ""
     try:
         with Progress(f"{recipe} {config.run_name}") as progress:
-            next_step = _with_ray(config.num_workers(), lambda: _drive(recipe, config, run_dir, progress.update))
+            next_step = _with_ray(recipe, config, run_dir, progress.update, stop)
         code = 0 if next_step >= config.steps else 1
     except Stopped as stopped:
         code, failure = stopped.exit_code, f"stopped by {stopped}"
@@ -109,12 +133,21 @@ class RunFailed(Exception):  # noqa: N818
     """The run ended with an error; the message is its cause."""
 
 
-def _with_ray(num_workers: int, work: Callable[[], int]) -> int:
+def _with_ray(recipe: str, config: RecipeConfig, run_dir: pathlib.Path, show: Show, stop: StopRequest) -> int:
+    """Start or join Ray, run, and leave nothing of ours behind."""
     import ray
 
-    start_ray(num_workers)
+    start_ray(config.num_workers())
+    stop.listen()
     try:
-        return work()
+        return _drive(recipe, config, run_dir, show, stop)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ConfigurationError):
+            raise ConfigurationError(str(error.cause)) from error
+        (run_dir / "error.txt").write_text(str(error))
+        raise RunFailed(f"{type(error.cause).__name__}: {error.cause}") from error
+    except ray.exceptions.RayError as error:
+        raise RunFailed(f"the orchestrator died: {error}") from error
     finally:
         ray.shutdown()
 
@@ -130,51 +163,41 @@ def start_ray(num_workers: int) -> None:
     os.environ |= WORKER_ENVIRONMENT
     os.environ.setdefault("RAY_worker_niceness", "0")  # else any other process starves the workers
     # A logical count: the workers of a laptop share its cores, Ray only has to admit them.
-    ray.init(address="local", num_cpus=max(num_workers, os.cpu_count() or 1), include_dashboard=False, object_store_memory=512 << 20, **quiet)
+    ray.init(
+        address="local",
+        num_cpus=max(num_workers, os.cpu_count() or 1),
+        include_dashboard=False,
+        object_store_memory=512 << 20,
+        **quiet,
+    )
     token = pathlib.Path.home() / ".ray" / "auth_token"
     if token.exists():
         token.chmod(0o600)
 
 
-def _drive(recipe: str, config: RecipeConfig, run_dir: pathlib.Path, show: Callable[[dict[str, Any]], None]) -> int:
+def _drive(recipe: str, config: RecipeConfig, run_dir: pathlib.Path, show: Show, stop: StopRequest) -> int:
     """Run the orchestrator actor to its end, showing what it says; returns the next step to do."""
     import ray
 
     from orchestrator.orchestrator import Orchestrator
 
     _link_logs(run_dir)
-    actor = ray.remote(Orchestrator).options(num_cpus=0, max_restarts=0).remote(recipe, config, str(run_dir))
+    actor: Any = ray.remote(Orchestrator).options(num_cpus=0, max_restarts=0).remote(recipe, config, str(run_dir))
     finished = actor.run.remote()
-    shown = 0
-
-    def catch_up() -> bool:
-        nonlocal shown
-        done, _ = ray.wait([finished], timeout=POLL_S)
-        for message in ray.get(actor.messages.remote(shown), timeout=30):
+    shown, done, give_up_s = 0, False, math.inf
+    while not done and time.monotonic() < give_up_s:
+        done = bool(ray.wait([finished], timeout=POLL_S)[0])
+        for message in ray.get(actor.messages.remote(shown), timeout=ANSWER_TIMEOUT_S):
             show(message)
             shown += 1
-        return bool(done)
-
-    try:
-        try:
-            while not catch_up():
-                pass
-        except Stopped as stopped:
-            show({"kind": "note", "text": f"{stopped}: finishing the step and saving"})
-            ray.get(actor.stop.remote(), timeout=30)
-            deadline = time.monotonic() + STOP_GRACE_S
-            while not catch_up():
-                if time.monotonic() > deadline:
-                    break
-            raise
-        return ray.get(finished)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ConfigurationError):
-            raise ConfigurationError(str(error.cause)) from error
-        (run_dir / "error.txt").write_text(str(error))
-        raise RunFailed(f"{type(error.cause).__name__}: {error.cause}") from error
-    except ray.exceptions.RayError as error:
-        raise RunFailed(f"the orchestrator died: {error}") from error
+        if stop.number is not None and give_up_s == math.inf:
+            show({"kind": "note", "text": f"{signal.Signals(stop.number).name}: finishing the step and saving"})
+            ray.get(actor.stop.remote(), timeout=ANSWER_TIMEOUT_S)
+            give_up_s = time.monotonic() + STOP_GRACE_S
+    next_step = ray.get(finished) if done else 0
+    if stop.number is not None and next_step < config.steps:
+        raise Stopped(stop.number)
+    return next_step
 
 
 def _link_logs(run_dir: pathlib.Path) -> None:
@@ -182,11 +205,7 @@ def _link_logs(run_dir: pathlib.Path) -> None:
     import ray
 
     link = run_dir / "logs"
-    session = pathlib.Path(ray._private.worker._global_node.get_logs_dir_path())
+    node: Any = ray._private.worker._global_node
+    session = pathlib.Path(node.get_logs_dir_path())
     link.unlink(missing_ok=True)
     link.symlink_to(session)
-
-
-def _raise_stopped(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    raise Stopped(number)

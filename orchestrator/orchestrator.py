@@ -124,7 +124,7 @@ class Orchestrator:
 
     async def launch_environments(self, config: EnvironmentConfig, reward: str, tokenizer_folder: str) -> None:
         """Start the workers that score completions."""
-        from workers._env import EnvironmentWorker
+        from workers.environment import EnvironmentWorker
 
         self._environment_config = config
         placement = await place("environment", config.num_workers, "cpu", self.config.deadline.launch_s)
@@ -155,7 +155,9 @@ class Orchestrator:
             self._times, self._step_started_s = PhaseTimes(), time.perf_counter()
             yield step
 
-    async def rollout(self, prompts_P: Sequence[Prompt], sampling: "SamplingSpec", purpose: str) -> list[TrajectoryGroup]:
+    async def rollout(
+        self, prompts_P: Sequence[Prompt], sampling: "SamplingSpec", purpose: str
+    ) -> list[TrajectoryGroup]:
         """Sample every prompt `sampling.n` times: one call per engine for all of them.
 
         What is sampled is a function of the run's seed, the step, `purpose` and the engine, given its weights.
@@ -219,7 +221,9 @@ class Orchestrator:
             if self.reference is not None:
                 await self._add_reference_logprobs(self.reference, per_rank)
             arguments = [(microbatches, loss) for microbatches in per_rank]
-            for part in await self.trainer.scatter("forward_backward", arguments, deadline_s=self.config.deadline.train_s):
+            for part in await self.trainer.scatter(
+                "forward_backward", arguments, deadline_s=self.config.deadline.train_s
+            ):
                 metrics.merge(part)
         return metrics
 
@@ -283,12 +287,20 @@ class Orchestrator:
 
     # Internals.
 
-    async def _launch_policy(self, role: str, worker: Any, source: PolicySource, temperature: float) -> WorkerGroup[Any]:
+    async def _launch_policy(
+        self, role: str, worker: Any, source: PolicySource, temperature: float
+    ) -> WorkerGroup[Any]:
         from workers.train import PolicySpec
 
         config, deadline_s = self.config, self.config.deadline.launch_s
         spec = PolicySpec(
-            config.model, source.folder, source.pretrained, config.seed, temperature, self.device, config.deadline.train_s
+            config.model,
+            source.folder,
+            source.pretrained,
+            config.seed,
+            temperature,
+            self.device,
+            config.deadline.train_s,
         )
         placement = await place(role, config.trainer.num_workers, self.device, deadline_s)
         options = actor_options(self.device, enable_tensor_transport=True)
@@ -297,7 +309,9 @@ class Orchestrator:
         await group.call("setup", address, deadline_s=deadline_s)
         return group
 
-    def launch(self, role: str, worker: Any, placement: Any, options: dict[str, Any], arguments: Any) -> WorkerGroup[Any]:
+    def launch(
+        self, role: str, worker: Any, placement: Any, options: dict[str, Any], arguments: Any
+    ) -> WorkerGroup[Any]:
         group: WorkerGroup[Any] = WorkerGroup.launch(role, worker, placement, options, arguments, self.log.observe)
         self._groups.append(group)
         return group
@@ -319,4 +333,3 @@ class Orchestrator:
 def derive_seed(*parts: object) -> int:
     """A 31-bit seed that is a stable function of the parts."""
     return xxhash.xxh3_64_intdigest("/".join(map(str, parts)).encode()) % 2**31
-

@@ -47,4 +47,3 @@ async def place(role: str, num_workers: int, device: Literal["cpu", "cuda"], dea
 def actor_options(device: Literal["cpu", "cuda"], **more: Any) -> dict[str, Any]:
     """Ray options of a worker that fills its bundle."""
     return {"num_cpus": LOCAL_CPUS_PER_WORKER, "num_gpus": 1 if device == "cuda" else 0} | more
-

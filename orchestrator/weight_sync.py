@@ -114,4 +114,8 @@ def make_transport(config: TransportConfig) -> "Transport":
     from transport.nixl import NixlTransport
     from transport.object_store import ObjectStoreTransport
 
-    return {"nixl": NixlTransport, "object_store": ObjectStoreTransport}[config.type]()
+    match config.type:
+        case "nixl":
+            return NixlTransport()
+        case "object_store":
+            return ObjectStoreTransport()

@@ -1,7 +1,7 @@
 """SPMD actors of one role: launched together, called together, awaited together.
 
-Invariant: a call returns every rank's result or raises an error that names the ranks at fault; it never waits longer than
-its deadline. The group is the only place that talks to actors, and the source of every span of the timeline.
+Invariant: a call returns every rank's result or raises an error that names the ranks at fault; it never waits longer
+than its deadline. The group is the only place that talks to actors, and the source of every span of the timeline.
 """
 
 import asyncio
@@ -81,7 +81,9 @@ class WorkerGroup(Generic[W]):
     def _submit(self, rank: int, method: str, arguments: Sequence[Any]) -> "asyncio.Future[Timed]":
         return asyncio.ensure_future(self._actors[rank].run.remote(method, *arguments))
 
-    async def _wait(self, pending: "dict[int, asyncio.Future[Timed]]", method: str, deadline_s: float) -> dict[int, Any]:
+    async def _wait(
+        self, pending: "dict[int, asyncio.Future[Timed]]", method: str, deadline_s: float
+    ) -> dict[int, Any]:
         _, late = await asyncio.wait(pending.values(), timeout=deadline_s, return_when=asyncio.FIRST_EXCEPTION)
         failed = [rank for rank, future in pending.items() if future.done() and future.exception() is not None]
         if failed:
@@ -111,5 +113,7 @@ def _cause(error: BaseException | None) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()] or [""]
     if isinstance(error, ray.exceptions.RayActorError):
         # A failed constructor's traceback ends with its exception; any other death is described on the first line.
-        return f"its start failed: {lines[-1].strip()}" if "creation task" in lines[0] else f"the process died: {lines[0]}"
+        return (
+            f"its start failed: {lines[-1].strip()}" if "creation task" in lines[0] else f"the process died: {lines[0]}"
+        )
     return f"{type(error).__name__}: {lines[0]}"

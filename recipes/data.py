@@ -4,7 +4,7 @@
 
 Invariant: every row is checked before the run starts and an error names file, row, column and fix; nothing is left out
 without being counted. `Dataset.batch` depends on the seed and the step alone, so a resumed run needs no cursor.
-Called by the driver of every recipe with `data.path`; imports neither torch nor transformers.
+Called by recipes.task for runs with `data.path`; imports neither torch nor transformers.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Advantages and losses: pure functions over arrays and tensors.
 
-Losses use tensor methods only, so that importing a recipe does not import torch. A loss returns the SUM over its tokens;
-the train worker divides by the minibatch's global token count (invariant 5), which is the token-mean of DAPO
+Losses use tensor methods only, so that importing a recipe does not import torch. A loss returns the SUM over its
+tokens; the train worker divides by the minibatch's global token count (invariant 5), which is the token-mean of DAPO
 (arXiv 2503.14476, eq. 8).
 """
 

@@ -5,7 +5,7 @@
 A short supervised phase teaches a mixture of skills (`demonstrations`: right with probability 0.3, else descending,
 copied or reversed), and reinforcement learning then finds the right one, so a few steps on a CPU show a real gain.
 Invariant: a hash of the digits alone decides whether a prompt is held out, so no seed of training meets a prompt that
-any seed of evaluation asks. Called by the driver of recipes without `data.path`, and by bench scripts; no torch.
+any seed of evaluation asks. Called by recipes.task for runs without `data.path`, and by bench scripts; no torch.
 """
 
 import json

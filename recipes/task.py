@@ -69,7 +69,7 @@ class FileTask:
         else:
             held_out = []
         prompts, self.counts = tokenize(rows, self._tokenizer, data.max_prompt_tokens, data.long_prompts)
-        self.held_out = []
+        self.held_out: list[Prompt] = []
         if held_out:
             self.held_out, _ = tokenize(held_out, self._tokenizer, data.max_prompt_tokens, data.long_prompts)
         self.longest_prompt = max(len(prompt.tokens) for prompt in prompts + self.held_out)

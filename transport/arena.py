@@ -1,8 +1,8 @@
 """One page-aligned, pre-faulted flat buffer that holds a rank's shards back to back.
 
-Both sides build it from the same list of slots, so a position needs no message. The bytes of a rank's shards, already in
-the engine's dtype, are one contiguous run: one transfer, whatever the number of tensors. Held for the life of a worker:
-page faults on fresh buffers cost more than the transfer itself.
+Both sides build it from the same list of slots, so a position needs no message. The bytes of a rank's shards, already
+in the engine's dtype, are one contiguous run: one transfer, whatever the number of tensors. Held for the life of a
+worker: page faults on fresh buffers cost more than the transfer itself.
 """
 
 import math

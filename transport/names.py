@@ -64,7 +64,7 @@ def _parts(storage: str, packed: Mapping[str, list[str]], shapes: Mapping[str, t
     tensors = [f"{parent}.{part}.{kind}" for part in packed.get(fused, [])]
     if not tensors or any(tensor not in shapes for tensor in tensors):
         raise PlanError(
-            f"{storage}: no tensor of the trainer fills this engine parameter; a refit supports unquantised models whose "
-            "engine keeps Hugging Face names, fused along dimension 0"
+            f"{storage}: no tensor of the trainer fills this engine parameter; a refit supports unquantised models "
+            "whose engine keeps Hugging Face names, fused along dimension 0"
         )
     yield from tensors

@@ -63,7 +63,13 @@ def _fill(wanted: Shard, held: list[Shard]) -> list[Copy]:
         covered += common.size
         copies.append(
             Copy(
-                shard.rank, shard.storage, _place(shard, common), wanted.rank, wanted.storage, _place(wanted, common), common.shape
+                shard.rank,
+                shard.storage,
+                _place(shard, common),
+                wanted.rank,
+                wanted.storage,
+                _place(wanted, common),
+                common.shape,
             )
         )
     if covered != wanted.box.size:

@@ -16,8 +16,10 @@ Shape suffixes: _T positions of a row, _R rows, _N predicted tokens of a microba
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
+Array = Any
+"""np.ndarray on the wire, torch.Tensor inside a train worker."""
 
 
 @dataclass(slots=True)
@@ -46,7 +48,7 @@ class Completion:
 
 @dataclass(slots=True)
 class Trajectory:
-    """A completion with its reward. `invalid` holds the reason why it must not be trained on; its reward is then NaN."""
+    """A completion with its reward; `invalid` is the reason why it must not be trained on, its reward then NaN."""
 
     completion: Completion
     reward: float = float("nan")
@@ -74,19 +76,17 @@ class Microbatch:
     0 0 0 1 1 2 (padding -1) and `positions_RT` 0 1 2 3 4 3. Token n of the N that are predicted has the id
     `targets_N[n]`, is predicted by position `sources_N[n]` of the flattened rows, and carries its sampling logprob, its
     advantage, the reference policy's logprob and the weight version that sampled it (-1: nobody did, it was given).
-
-    Arrays are NumPy on the wire and torch tensors inside a train worker.
     """
 
-    tokens_RT: np.ndarray
-    positions_RT: np.ndarray
-    segments_RT: np.ndarray
-    sources_N: np.ndarray
-    targets_N: np.ndarray
-    logprobs_N: np.ndarray
-    advantages_N: np.ndarray
-    reference_logprobs_N: np.ndarray
-    versions_N: np.ndarray
+    tokens_RT: Array
+    positions_RT: Array
+    segments_RT: Array
+    sources_N: Array
+    targets_N: Array
+    logprobs_N: Array
+    advantages_N: Array
+    reference_logprobs_N: Array
+    versions_N: Array
     num_global_tokens: int
     """Tokens of the whole minibatch over every rank and microbatch: the denominator of the loss."""
 

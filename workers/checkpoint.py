@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "chat_template.jinja", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 
 
@@ -25,7 +25,7 @@ def save_policy(
     """Write `folder`/policy: config, float32 safetensors and the tokenizer; `from_pretrained` loads it."""
     weights = {}
     for name, parameter in parameters.items():
-        full = parameter.detach().full_tensor()
+        full = parameter.full_tensor().detach()
         if rank == 0:
             weights[name] = full.cpu()
     if rank != 0:

@@ -1,7 +1,7 @@
 """vLLM's LLMEngine in this process: the only module that imports vllm.
 
-Create and step it on one thread. Weights stay plain: on CPU vLLM would prepack them into layouts that cannot be written
-in place, so its linear layers are told not to, and MoE experts keep a plain copy that is prepacked again at each commit.
+Create and step it on one thread. Weights stay plain: on CPU vLLM would prepack them into layouts that cannot be
+written in place, so its linear layers are told not to, and MoE experts keep a plain copy that each commit prepacks.
 """
 
 import os
@@ -19,6 +19,7 @@ os.environ |= {
 import torch
 from vllm import EngineArgs, SamplingParams
 from vllm.model_executor.layers import utils as vllm_layers
+from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -59,7 +60,7 @@ class VllmEngine:
         )
         self._engine = LLMEngine.from_engine_args(arguments)
         self._engine.set_weight_version("0")
-        self._core = self._engine.engine_core.engine_core
+        self._core: Any = self._engine.engine_core.engine_core  # type: ignore[attr-defined]
         (self._model,) = self._engine.apply_model(lambda module: module)
         self._stop_token_ids = stop_token_ids(self._engine.vllm_config.model_config.hf_config, folder)
         self.packed_modules_mapping: Mapping[str, list[str]] = getattr(self._model, "packed_modules_mapping", {})
@@ -90,7 +91,7 @@ class VllmEngine:
         return [
             (output.request_id, [_completion(sample) for sample in output.outputs])
             for output in self._engine.step()
-            if output.finished
+            if isinstance(output, RequestOutput) and output.finished
         ]
 
     def seed(self, seed: int) -> None:
@@ -140,7 +141,7 @@ def _keep_plain_weights() -> None:
     """Before an engine is made on CPU: linear layers use their weight as it is, experts remember it unpacked."""
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
-    def plain_linear(layer: torch.nn.Module, remove_weight: bool) -> None:
+    def plain_linear(layer: Any, remove_weight: bool) -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
     prepack = CPUUnquantizedExperts.process_weights_after_loading
@@ -155,7 +156,7 @@ def _keep_plain_weights() -> None:
 
     prepack_copy.keeps_plain = True  # type: ignore[attr-defined]
     vllm_layers.dispatch_cpu_unquantized_gemm = plain_linear
-    CPUUnquantizedExperts.process_weights_after_loading = prepack_copy
+    CPUUnquantizedExperts.process_weights_after_loading = prepack_copy  # type: ignore[method-assign]
 
 
 def _prepack_experts(module: Any) -> None:

@@ -70,7 +70,7 @@ class EnvironmentWorker(Worker):
         RewardProcessError: the reward cannot be imported here.
     """
 
-    def __init__(self, reward: str, timeout_s: float, tokenizer_path: str | None) -> None:
+    def __init__(self, rank: int, world_size: int, reward: str, timeout_s: float, tokenizer_path: str | None) -> None:
         self._reward = reward
         self._timeout_s = timeout_s
         self._tokenizer = _load_tokenizer(tokenizer_path) if tokenizer_path is not None else None

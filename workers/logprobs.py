@@ -10,7 +10,9 @@ from torch.utils.checkpoint import checkpoint
 BLOCK_TOKENS = 1024
 
 
-def token_logprobs(logits_NV: torch.Tensor, targets_N: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def token_logprobs(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logprob of each target and entropy of each distribution, both of shape N, at the sampling temperature.
 
     The entropy carries no gradient.

@@ -83,7 +83,8 @@ def shard(policy: Policy, mesh: DeviceMesh, compute_dtype: str) -> Policy:
         for module in list(policy.modules()):
             if type(module).__name__ in layers:
                 fully_shard(module, mesh=mesh, mp_policy=precision)
-    return fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+    fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+    return policy
 
 
 def _check_attention(model: PreTrainedModel) -> None:

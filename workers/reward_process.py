@@ -46,7 +46,7 @@ def main() -> None:
             _write_frame(answers, _score(reward, decoder.decode(frame), runner))
 
 
-def _take_pipes() -> tuple[BinaryIO, int]:
+def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
     """Move the protocol away from stdin and stdout, to descriptors that the user's subprocesses do not inherit."""
     samples, answers = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -54,7 +54,7 @@ def _take_pipes() -> tuple[BinaryIO, int]:
     os.close(nothing)
     os.dup2(2, 1)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    return os.fdopen(samples, "rb"), answers
+    return os.fdopen(samples, "rb"), os.fdopen(answers, "wb")
 
 
 def _die_with_worker(lifeline: int) -> None:
@@ -64,7 +64,6 @@ def _die_with_worker(lifeline: int) -> None:
     owner of an O_ASYNC pipe when its last writer is gone; nobody ever writes to this one.
     """
     assert os.getpgrp() == os.getpid(), "started without a session of its own, the worker's group would be killed"
-    os.set_inheritable(lifeline, False)
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
@@ -121,11 +120,10 @@ def _read_frame(stream: BinaryIO) -> bytes | None:
     return body if len(body) == num_bytes else None
 
 
-def _write_frame(descriptor: int, message: Answer | str | None) -> None:
+def _write_frame(stream: BinaryIO, message: Answer | str | None) -> None:
     body = msgspec.msgpack.encode(message)
-    frame = memoryview(struct.pack("!I", len(body)) + body)
-    while frame:
-        frame = frame[os.write(descriptor, frame) :]
+    stream.write(struct.pack("!I", len(body)) + body)
+    stream.flush()
 
 
 if __name__ == "__main__":

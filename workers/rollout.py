@@ -1,8 +1,8 @@
 """A rollout worker: an inference engine in a Ray actor, with one thread that owns it.
 
-The engine thread makes the engine and steps it while it has requests; every other method posts a command that the thread
-runs between two steps, and waits for its result. `stage` is the exception: it fills the receive arenas on the caller's
-thread while the engine goes on decoding.
+The engine thread makes the engine and steps it while it has requests; every other method posts a command that the
+thread runs between two steps, and waits for its result. `stage` is the exception: it fills the receive arenas on the
+caller's thread while the engine goes on decoding.
 
 Who waits: `collect` until enough requests have finished, `commit` and `submit` for at most one engine step. Who frees
 them: the engine thread; if it dies, every present and later caller gets its exception.
@@ -149,7 +149,9 @@ class RolloutWorker(Worker):
         """Shape and dtype of every engine parameter, and the engine's `packed_modules_mapping`."""
 
         def describe(engine: Engine) -> Any:
-            shapes = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in engine.parameters().items()}
+            shapes = {
+                name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in engine.parameters().items()
+            }
             return shapes, dict(engine.packed_modules_mapping)
 
         return self._engine.run(describe)

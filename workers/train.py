@@ -1,7 +1,7 @@
-"""A train worker: one rank of the trainer. Driven by the orchestrator; every rank gets the same calls in the same order.
+"""A train worker: one rank of the trainer, driven by the orchestrator; every rank gets the same calls in order.
 
-`forward_backward` accumulates gradients, `optim_step` applies them, `publish` writes this rank's own shards, cast to the
-engine's dtype, into its arena. No rank ever gathers the model for a refit.
+`forward_backward` accumulates gradients, `optim_step` applies them, `publish` writes this rank's own shards, cast to
+the engine's dtype, into its arena. No rank ever gathers the model for a refit.
 """
 
 import contextlib
@@ -10,10 +10,11 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -77,9 +78,10 @@ class PolicyWorker(Worker):
         model = build_model(spec.model, spec.folder, spec.pretrained, spec.seed)
         size = sum(parameter.numel() for parameter in model.parameters())
         self.policy = shard(Policy(model, spec.temperature), self._mesh, spec.model.compute_dtype)
+        self._fsdp = cast(FSDPModule, self.policy)
         # FSDP swaps a module's parameters while it is gathered; these sharded ones are the masters throughout.
         prefix = "model."
-        self.parameters: dict[str, DTensor] = {
+        self.parameters: dict[str, Any] = {  # of DTensor parameters
             name.removeprefix(prefix): parameter for name, parameter in self.policy.named_parameters()
         }
         return size
@@ -91,7 +93,7 @@ class PolicyWorker(Worker):
 
     def _to_device(self, batch: Microbatch) -> Microbatch:
         arrays = {name: getattr(batch, name) for name in Microbatch.__slots__ if name != "num_global_tokens"}
-        tensors = {name: torch.from_numpy(array).to(self._device) for name, array in arrays.items()}
+        tensors: dict[str, Any] = {name: torch.from_numpy(array).to(self._device) for name, array in arrays.items()}
         return dataclasses.replace(batch, **tensors)
 
 
@@ -127,7 +129,7 @@ class TrainWorker(PolicyWorker):
         metrics = Metrics()
         for index, numpy_batch in enumerate(microbatches):
             batch = self._to_device(numpy_batch)
-            self.policy.set_requires_gradient_sync(index == len(microbatches) - 1)
+            self._fsdp.set_requires_gradient_sync(index == len(microbatches) - 1)
             logprobs_N, entropies_N = self.policy(batch)
             summed, loss_metrics = loss(logprobs_N, batch)
             # FSDP averages gradients over ranks; the loss is a sum over ranks.
@@ -193,9 +195,7 @@ class TrainWorker(PolicyWorker):
         written = digest(self._arena) if verify else None
         digested = time.perf_counter()
         self.weight_version, self._dirty = version, False
-        return Publication(
-            self._publisher.publish(), written, self._arena.num_bytes, packed - start, digested - packed
-        )
+        return Publication(self._publisher.publish(), written, self._arena.num_bytes, packed - start, digested - packed)
 
     def save(self, folder: str, tokenizer_folder: str) -> None:
         """Write the policy as a Hugging Face folder (`policy/`) and the optimiser's state (`optimizer/`)."""

@@ -21,10 +21,8 @@ LAYOUTS = {
 async def test_the_gradient_is_the_same_for_every_split(
     cluster: None, model_folders: dict[str, pathlib.Path], tmp_path: pathlib.Path
 ) -> None:
-    gradients = {
-        name: await _gradient(model_folders["qwen3_tied"], tmp_path / str(index), trainer)
-        for index, (name, trainer) in enumerate(LAYOUTS.items())
-    }
+    folder = model_folders["qwen3_tied"]
+    gradients = {name: await _gradient(folder, tmp_path, trainer) for name, trainer in LAYOUTS.items()}
     expected = gradients.pop("one rank, one microbatch")
     norm = np.sqrt(sum(np.square(gradient).sum() for gradient in expected.values()))
     assert norm > 0.01
@@ -50,13 +48,14 @@ def _groups() -> list[TrajectoryGroup]:
             )
             for length in lengths
         ]
-        groups.append(TrajectoryGroup(Prompt(row, generator.integers(3, 60, prompt_length).tolist(), "", ""), trajectories))
+        groups.append(
+            TrajectoryGroup(Prompt(row, generator.integers(3, 60, prompt_length).tolist(), "", ""), trajectories)
+        )
     groups[2].trajectories[1].invalid = "timeout"
     return groups
 
 
 async def _gradient(folder: pathlib.Path, run_dir: pathlib.Path, trainer: TrainerConfig) -> dict[str, np.ndarray]:
-    run_dir.mkdir()
     config = Config(
         model=ModelConfig(path=str(folder)), data={"path": "unused.jsonl"}, trainer=trainer,
         checkpoint=CheckpointConfig(every=0),

@@ -11,7 +11,7 @@ from orchestrator.placement import actor_options, place
 from recipes.grpo import Config
 from recipes.objectives import ClippedPolicyLoss
 from tests.integration.conftest import FAMILIES
-from transport.types import Completion, Prompt, Trajectory, TrajectoryGroup
+from transport.types import Completion, Prompt
 from workers.engine import SamplingSpec
 from workers.rollout import Request, RolloutWorker, make_vllm_engine
 
@@ -67,7 +67,9 @@ def _requests() -> list[Request]:
     return [Request(str(prompt.row), prompt.tokens, SAMPLING) for prompt in PROMPTS]
 
 
-async def _fresh_engine_samples(orchestrator: Orchestrator, config: Config, folder: str) -> list[tuple[str, list[Completion]]]:
+async def _fresh_engine_samples(
+    orchestrator: Orchestrator, config: Config, folder: str
+) -> list[tuple[str, list[Completion]]]:
     engine = functools.partial(
         make_vllm_engine, ModelConfig(), config.rollout, folder, 16, config.seed, load_format="auto"
     )

@@ -67,7 +67,11 @@ def test_a_stopped_run_resumes_at_the_next_step_and_samples_what_it_would_have(
     assert all(row["logprob_diff/max"] <= 1e-4 for row in expected)
     assert all(row["refit/verified"] == 1 and row["staleness/max"] == 0 for row in expected)
     assert sum(row["samples/invalid"] for row in expected) > 0
-    assert {key for row in expected for key in row} >= {"samples/invalid/exception", "samples/invalid/nan", "eval/accuracy"}
+    assert {key for row in expected for key in row} >= {
+        "samples/invalid/exception",
+        "samples/invalid/nan",
+        "eval/accuracy",
+    }
     assert expected[-1]["kl"] > 0
 
     last = tmp_path / "whole" / "checkpoints" / "step-00000004" / "policy"

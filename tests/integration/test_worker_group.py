@@ -78,13 +78,15 @@ async def test_a_killed_rank_is_named(group: WorkerGroup[Probe]) -> None:
 async def test_a_constructor_that_fails_is_named_with_its_error(cluster: None) -> None:
     placement = await place("born", 1, "cpu", 30)
     launched = WorkerGroup.launch("born", BornDead, placement, actor_options("cpu"), (), lambda *span: None)
-    with pytest.raises(WorkerFailed, match=r"^born/0 failed in add: its start failed: FileNotFoundError: no such tokenizer$"):
+    with pytest.raises(
+        WorkerFailed, match=r"^born/0 failed in add: its start failed: FileNotFoundError: no such tokenizer$"
+    ):
         await launched.call("add", 1, deadline_s=30)
     launched.kill()
 
 
 async def test_what_does_not_fit_the_cluster_is_refused_at_the_deadline(cluster: None) -> None:
-    with pytest.raises(PlacementFailed, match="train: 500 bundles of .* were not free within 1 s"):
+    with pytest.raises(PlacementFailed, match=r"train: 500 bundles of .* were not free within 1 s"):
         await place("train", 500, "cpu", 1)
     with pytest.raises(PlacementFailed, match=r"cluster.device=cuda needs 4 GPUs, the cluster has 0"):
         choose_device("cuda", 4)

@@ -50,7 +50,7 @@ def test_math_verify_raises_for_an_answer_that_is_no_mathematics():
 
 
 def test_math_verify_runs_in_an_environment_worker():
-    worker = EnvironmentWorker("recipes.rewards:math_verify", 30.0, None)
+    worker = EnvironmentWorker(0, 1, "recipes.rewards:math_verify", 30.0, None)
     fields = {"prompt": "?", "answer": "1/2", "finish_reason": "stop", "tokens": [1]}
     answers = worker.score([fields | {"completion": "0.5"}, fields | {"completion": "0.6"}])
     worker.close()

@@ -37,7 +37,9 @@ def test_slots_follow_each_other_at_multiples_of_64_bytes_in_the_engines_dtype()
 
 
 def test_each_train_rank_has_slots_for_its_own_shards():
-    source = layout({"w": (5, 2), "b": (1,)}, [shard("w", (3, 2), 0), shard("w", (2, 2), 1, start=3), shard("b", (1,), 0)])
+    source = layout(
+        {"w": (5, 2), "b": (1,)}, [shard("w", (3, 2), 0), shard("w", (2, 2), 1, start=3), shard("b", (1,), 0)]
+    )
     destination = layout({"w": (5, 2), "b": (1,)}, [shard("w", (5, 2)), shard("b", (1,))])
     assert slots_for(source, destination) == [
         [Slot("w", (3, 2), "float32", 0), Slot("b", (1,), "float32", 64)],
@@ -75,7 +77,9 @@ def test_one_tensor_wanted_in_two_dtypes_is_refused_by_name():
         slots_for(source, Layout({"a": (2,)}, wanted, {"a": "float32", "head": "bfloat16"}))
 
 
-@given(st.lists(st.tuples(st.lists(st.integers(1, 9), max_size=3), st.sampled_from(["float32", "bfloat16"])), max_size=6))
+@given(
+    st.lists(st.tuples(st.lists(st.integers(1, 9), max_size=3), st.sampled_from(["float32", "bfloat16"])), max_size=6)
+)
 @settings(max_examples=50, deadline=None)
 def test_views_are_aligned_and_never_overlap(tensors: list[tuple[list[int], str]]):
     shapes = {f"w{index}": tuple(sizes) for index, (sizes, _) in enumerate(tensors)}

@@ -47,7 +47,9 @@ def test_boxes_of_different_dimensions_cannot_be_compared():
 
 def test_a_merged_layout_has_the_shards_of_every_rank_in_order():
     first = Layout({"w": (4,)}, [Shard("w", Box((0,), (3,)), 0, "w", (0,))], {"w": "float32"})
-    second = Layout({"w": (4,), "b": (2,)}, [Shard("w", Box((3,), (1,)), 1, "w", (0,))], {"w": "float32", "b": "bfloat16"})
+    second = Layout(
+        {"w": (4,), "b": (2,)}, [Shard("w", Box((3,), (1,)), 1, "w", (0,))], {"w": "float32", "b": "bfloat16"}
+    )
     merged = merge([first, second])
     assert merged.shapes == {"w": (4,), "b": (2,)}
     assert [shard.rank for shard in merged] == [0, 1]

@@ -38,7 +38,11 @@ def refusal(engine: Shapes, trainer: Shapes) -> str:
 
 def test_a_fused_qkv_with_fewer_key_heads_holds_q_then_k_then_v():
     attention = LAYER + "self_attn."
-    trainer = {attention + "v_proj.weight": (2, 8), attention + "q_proj.weight": (6, 8), attention + "k_proj.weight": (2, 8)}
+    trainer = {
+        attention + "v_proj.weight": (2, 8),
+        attention + "q_proj.weight": (6, 8),
+        attention + "k_proj.weight": (2, 8),
+    }
     landed, sent = refit({attention + "qkv_proj.weight": (10, 8)}, trainer)
     fused = [sent[attention + f"{part}_proj.weight"] for part in "qkv"]
     np.testing.assert_array_equal(landed[attention + "qkv_proj.weight"], np.concatenate(fused))

@@ -40,7 +40,9 @@ def allocate(shards: list[Shard]) -> Storages:
     return {key: np.full(size, NOBODY) for key, size in sizes.items()}
 
 
-def carry_out(copies: list[Copy], source: Layout, destination: Layout) -> tuple[Storages, Storages, dict[str, np.ndarray]]:
+def carry_out(
+    copies: list[Copy], source: Layout, destination: Layout
+) -> tuple[Storages, Storages, dict[str, np.ndarray]]:
     """Fill the source, do the copies. Returns what landed, how often each element was written, and the tensors."""
     tensors, first = {}, 0.0
     for name, shape in source.shapes.items():

@@ -1,4 +1,5 @@
 import math
+import os
 import pathlib
 import signal
 import subprocess
@@ -27,7 +28,7 @@ def sample(completion: str) -> dict[str, Any]:
 
 @pytest.fixture
 def worker() -> Iterator[EnvironmentWorker]:
-    worker = EnvironmentWorker(f"{REWARDS}:obey", TIMEOUT_S, None)
+    worker = EnvironmentWorker(0, 1, f"{REWARDS}:obey", TIMEOUT_S, None)
     yield worker
     worker.close()
 
@@ -129,7 +130,7 @@ def test_one_process_serves_batch_after_batch(score: Score):
 
 
 def test_an_async_reward_is_awaited():
-    worker = EnvironmentWorker(f"{REWARDS}:slow_length", TIMEOUT_S, None)
+    worker = EnvironmentWorker(0, 1, f"{REWARDS}:slow_length", TIMEOUT_S, None)
     assert [answer["reward"] for answer in worker.score([sample("a"), sample("bb")])] == [1.0, 2.0]
     worker.close()
 
@@ -156,7 +157,7 @@ def test_five_hundred_trivial_rewards_take_milliseconds(score: Score):
 
 def test_completions_are_decoded_from_tokens_without_special_tokens(tmp_path: pathlib.Path):
     sort_task.write_model_folder(tmp_path)
-    worker = EnvironmentWorker("recipes.rewards:exact_match", TIMEOUT_S, str(tmp_path))
+    worker = EnvironmentWorker(0, 1, "recipes.rewards:exact_match", TIMEOUT_S, str(tmp_path))
     fields = {"prompt": "7413=", "answer": "1347", "finish_reason": "stop"}
     answers = worker.score([fields | {"tokens": [4, 6, 7, 10, 1]}, fields | {"tokens": [10, 7, 6, 4, 1]}])
     worker.close()
@@ -164,7 +165,7 @@ def test_completions_are_decoded_from_tokens_without_special_tokens(tmp_path: pa
 
 
 def test_no_process_is_left_after_close_and_close_may_be_repeated():
-    worker = EnvironmentWorker(f"{REWARDS}:obey", TIMEOUT_S, None)
+    worker = EnvironmentWorker(0, 1, f"{REWARDS}:obey", TIMEOUT_S, None)
     worker.score([sample("loop"), sample("a")])
     assert len(reward_processes()) == 1
     worker.close()
@@ -185,7 +186,7 @@ def test_the_process_ends_when_its_worker_is_killed(tmp_path: pathlib.Path, acti
     ids = tmp_path / "ids"
     program = (
         "import sys, time; from workers.environment import EnvironmentWorker\n"
-        f"worker = EnvironmentWorker('{REWARDS}:obey', 600.0, None)\n"
+        f"worker = EnvironmentWorker(0, 1, '{REWARDS}:obey', 600.0, None)\n"
         f"sample = {sample('spawn')!r} | {{'prompt': sys.argv[1]}}\n"
         "print(worker._process._process.pid, flush=True)\n"
         f"worker.score([sample]) if {action!r} == 'spawn' else time.sleep(600)\n"
@@ -201,6 +202,18 @@ def test_the_process_ends_when_its_worker_is_killed(tmp_path: pathlib.Path, acti
         parent.send_signal(signal.SIGKILL)
     for pid in pids:
         wait_until_ended(pid)
+
+
+def test_a_process_whose_worker_is_gone_before_it_has_started_ends_at_once():
+    lifeline, held = os.pipe()
+    os.close(held)
+    command = [sys.executable, "-m", "workers.reward_process", f"{REWARDS}:one", str(lifeline)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, pass_fds=(lifeline,), start_new_session=True, **pipes) as process:
+        os.close(lifeline)
+        assert process.wait(timeout=30) == 1
+        assert process.stderr is not None
+        assert b"the environment worker ended before" in process.stderr.read()
 
 
 def test_an_interrupted_batch_leaves_no_answers_for_the_next_one(
@@ -232,7 +245,7 @@ def test_a_sample_that_is_too_large_is_refused(score: Score, monkeypatch: pytest
 
 def test_a_reward_that_cannot_be_imported_stops_the_worker_with_the_cause():
     with pytest.raises(RewardProcessError, match="reward no_such_module:f: importing no_such_module failed with"):
-        EnvironmentWorker("no_such_module:f", TIMEOUT_S, None)
+        EnvironmentWorker(0, 1, "no_such_module:f", TIMEOUT_S, None)
     assert reward_processes() == []
 
 
