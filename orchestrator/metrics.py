@@ -23,14 +23,14 @@ FLUSH_EVERY_S = 0.5
 class RunLog:
     """Writes one run's records; owned by the orchestrator."""
 
-    def __init__(self, run_dir: pathlib.Path, config: LoggingConfig, settings: dict[str, Any], first_step: int) -> None:
+    def __init__(self, run_dir: pathlib.Path, config: LoggingConfig, settings: dict[str, Any], steps_done: int) -> None:
         from tensorboardX import SummaryWriter  # slow to import, and the preflight imports this module
 
         self.step = 0
         self._messages: list[dict[str, Any]] = []
         self._cpu_s: dict[str, float] = {}
         self._cpu_before: dict[str, float] = {}
-        _cut_after(run_dir / "metrics.jsonl", first_step)
+        _cut_after(run_dir / "metrics.jsonl", steps_done)
         self._metrics: TextIO = (run_dir / "metrics.jsonl").open("a", buffering=1)
         self._events: TextIO = (run_dir / "events.jsonl").open("a")
         self._samples: TextIO = (run_dir / "samples.jsonl").open("a", buffering=1)
@@ -116,7 +116,7 @@ class PhaseTimes:
             self.seconds[name] += time.perf_counter() - start
 
 
-def _cut_after(path: pathlib.Path, first_step: int) -> None:
+def _cut_after(path: pathlib.Path, steps_done: int) -> None:
     """Drop records of steps that a resumed run will do again, and a torn last line."""
     if not path.exists():
         return
@@ -126,7 +126,7 @@ def _cut_after(path: pathlib.Path, first_step: int) -> None:
             step = json.loads(line)["step"]
         except json.JSONDecodeError:
             continue
-        if step < first_step:
+        if step <= steps_done:
             kept.append(line + "\n")
     path.write_text("".join(kept))
 

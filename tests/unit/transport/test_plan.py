@@ -1,3 +1,4 @@
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -81,7 +82,7 @@ def cuts(draw: st.DrawFn, length: int) -> list[tuple[int, int]]:
     """Consecutive pieces (start, length) of a dimension, uneven, none of them empty."""
     inner = draw(st.lists(st.integers(1, length - 1), unique=True, max_size=3)) if length > 1 else []
     bounds = [0, *sorted(inner), length]
-    return [(low, high - low) for low, high in zip(bounds, bounds[1:], strict=False)]
+    return [(low, high - low) for low, high in itertools.pairwise(bounds)]
 
 
 @st.composite

@@ -19,9 +19,9 @@ from workers.model import Policy, attention_mask, build_model
 TEMPERATURE = 0.7
 VOCABULARY = 64
 SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.3,
-    "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None,
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+    "initializer_range": 0.3, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None,
 }  # fmt: skip
 FULL = ["full_attention"] * 2
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {

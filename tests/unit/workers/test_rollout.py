@@ -1,7 +1,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -76,11 +76,16 @@ def add(request_id: str, prompt: list[int], sampling: SamplingSpec) -> Callable[
 
 def within(seconds: float, call: Callable[[], Any]) -> Any:
     """The call's result; TimeoutError if it hangs."""
-    pool = ThreadPoolExecutor(1)
-    try:
-        return pool.submit(call).result(timeout=seconds)
-    finally:
-        pool.shutdown(wait=False)
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except RuntimeError as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result(timeout=seconds)
 
 
 def engine_threads() -> list[threading.Thread]:
@@ -206,7 +211,7 @@ def test_a_command_after_close_is_refused_and_does_not_hang():
     owner = EngineThread(CountingEngine)
     owner.close()
     with pytest.raises(EngineFailed):
-        within(2, lambda: owner.run(lambda engine: None))
+        within(1, lambda: owner.run(lambda engine: None))
 
 
 class CopyingReceiver:
