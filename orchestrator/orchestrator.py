@@ -52,7 +52,9 @@ class Orchestrator:
         self._recipe = recipe
         self.checkpoint = newest_checkpoint(self.run_dir)
         state = self.checkpoint.state if self.checkpoint else RunState(0, 0, 0, config.steps)
-        self.first_step, self.weight_version = state.step, state.weight_version
+        self.first_step = state.step
+        # The first refit of a resumed run serves the checkpoint's version again.
+        self.weight_version = max(state.weight_version - 1, 0)
         self._optim_steps = state.optim_steps
         self.log = RunLog(self.run_dir, config.logging, config.model_dump(mode="json"), self.first_step)
         self._next_step = self.first_step

@@ -29,6 +29,9 @@ from transport.types import Completion
 from workers.engine import SamplingSpec
 
 
+KV_BLOCK_TOKENS = 16
+
+
 class VllmEngine:
     """An Engine (workers/engine.py) over vLLM.
 
@@ -55,6 +58,8 @@ class VllmEngine:
             kv_cache_memory_bytes=config.kv_cache_bytes,
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
+            # A shorter prompt fills no block that another request could share; looking costs a tenth of a decode step.
+            enable_prefix_caching=max_model_len - config.max_tokens >= KV_BLOCK_TOKENS,
             disable_log_stats=True,
             seed=seed % 2**31,
         )

@@ -31,4 +31,4 @@ def _block(logits_NV: torch.Tensor, targets_N: torch.Tensor, temperature: float)
     all_logprobs = (logits_NV.float() / temperature).log_softmax(dim=-1)
     with torch.no_grad():
         entropies = -(all_logprobs.exp() * all_logprobs).sum(dim=-1)
-    return all_logprobs.gather(1, targets_N.unsqueeze(1)).squeeze(1), entropies
+    return -torch.nn.functional.nll_loss(all_logprobs, targets_N, reduction="none"), entropies

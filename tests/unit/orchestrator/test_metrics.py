@@ -12,17 +12,17 @@ from orchestrator.metrics import PhaseTimes, RunLog, check_trackers
 from workers.worker import Timed
 
 
-def run_log(run_dir: pathlib.Path, first_step: int = 0) -> RunLog:
-    return RunLog(run_dir, LoggingConfig(), {}, first_step)
+def run_log(run_dir: pathlib.Path, steps_done: int = 0) -> RunLog:
+    return RunLog(run_dir, LoggingConfig(), {}, steps_done)
 
 
 def lines(run_dir: pathlib.Path, file: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / file).read_text().splitlines()]
 
 
-def record(run_dir: pathlib.Path, first_step: int, *numbers: int) -> None:
+def record(run_dir: pathlib.Path, steps_done: int, *numbers: int) -> None:
     """Write the records of the steps with these numbers, which count from 1 as people do; 0 is before the first."""
-    log = run_log(run_dir, first_step)
+    log = run_log(run_dir, steps_done)
     for number in numbers:
         log.metrics({"step": number, "loss": 0.5}, steps=9)
     log.close()

@@ -1,7 +1,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -74,8 +74,8 @@ def add(request_id: str, prompt: list[int], sampling: SamplingSpec) -> Callable[
     return lambda engine: engine.add_request(request_id, prompt, sampling)
 
 
-def within(seconds: float, call: Callable[[], Any]) -> Any:
-    """The call's result; TimeoutError if it hangs."""
+def start(call: Callable[[], Any]) -> "Future[Any]":
+    """Call on a thread that cannot keep the tests from ending."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -85,7 +85,12 @@ def within(seconds: float, call: Callable[[], Any]) -> Any:
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    return future.result(timeout=seconds)
+    return future
+
+
+def within(seconds: float, call: Callable[[], Any]) -> Any:
+    """The call's result; TimeoutError if it hangs."""
+    return start(call).result(timeout=seconds)
 
 
 def engine_threads() -> list[threading.Thread]:
@@ -186,15 +191,14 @@ def test_a_failure_reaches_a_caller_whose_command_was_waiting_behind_it():
         go_on.wait(5)
         raise ValueError("first")
 
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(owner.run, fail)
-        entered.wait(5)
-        second = pool.submit(owner.run, lambda engine: None)
-        time.sleep(0.05)
-        go_on.set()
-        for future in (first, second):
-            with pytest.raises(EngineFailed, match="ValueError: first"):
-                future.result(timeout=5)
+    first = start(lambda: owner.run(fail))
+    entered.wait(5)
+    second = start(lambda: owner.run(lambda engine: None))
+    time.sleep(0.05)
+    go_on.set()
+    for future in (first, second):
+        with pytest.raises(EngineFailed, match="ValueError: first"):
+            future.result(timeout=5)
     owner.close()
 
 
@@ -287,12 +291,11 @@ def test_a_staged_version_is_served_from_its_commit_on_and_not_before(worker: Ro
 def test_staging_needs_no_engine_step(worker: RolloutWorker):
     entered, go_on = threading.Event(), threading.Event()
     arenas, digests = published(2.0)
-    with ThreadPoolExecutor(1) as pool:
-        stuck = pool.submit(worker._engine.run, lambda engine: (entered.set(), go_on.wait(10)))
-        entered.wait(5)
-        within(5, lambda: worker.stage(1, arenas, digests))
-        go_on.set()
-        stuck.result(timeout=5)
+    stuck = start(lambda: worker._engine.run(lambda engine: (entered.set(), go_on.wait(10))))
+    entered.wait(5)
+    within(5, lambda: worker.stage(1, arenas, digests))
+    go_on.set()
+    stuck.result(timeout=5)
 
 
 def test_bytes_that_changed_on_the_way_are_refused_and_cannot_be_committed(worker: RolloutWorker):
