@@ -92,7 +92,7 @@ def test_a_run_whose_worker_fails_names_the_cause_and_the_resume_command(
     assert finished.returncode == 1
     assert "Traceback" not in finished.stderr
     *_, cause, logs, resume = finished.stderr.strip().splitlines()
-    assert cause.startswith("error: WorkerFailed: rollout/") and "KV cache" in cause
+    assert cause.startswith("error: WorkerFailed: rollout/") and "cache blocks" in cause
     assert logs.startswith("logs: ") and pathlib.Path(logs.removeprefix("logs: ")).exists()
     assert resume.endswith("run_name=broken")
     assert not _children_of(os.getpid())

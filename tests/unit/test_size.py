@@ -1,6 +1,7 @@
 """The limits of size that keep the code readable in an afternoon, and the constructs that it never uses."""
 
 import ast
+import functools
 import pathlib
 from collections.abc import Callable, Iterator
 
@@ -14,6 +15,7 @@ MAX_FILE_LINES, MAX_RECIPE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS, MAX_CLASS_
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
+@functools.cache
 def parse(path: pathlib.Path) -> ast.Module:
     return ast.parse(path.read_text())
 
