@@ -5,7 +5,9 @@ names the key and the fix.
 """
 
 import difflib
+import functools
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -32,10 +34,11 @@ def load(config_class: type[ConfigT], arguments: Sequence[str]) -> ConfigT:
     if len(files) > 1:
         raise ConfigurationError(f"one configuration file at most, got {len(files)}: {', '.join(files)}")
     values = _read(pathlib.Path(files[0])) if files else {}
+    texts = {key for key, field in leaves(config_class) if field.annotation in (str, str | None)}
     for override in overrides:
-        _apply(values, override)
+        _apply(values, override, texts)
     try:
-        return config_class.model_validate(values)
+        return config_class.model_validate(_with_defaults(config_class, values))
     except pydantic.ValidationError as error:
         raise ConfigurationError(_explain(config_class, error)) from error
 
@@ -48,8 +51,10 @@ def dump(config: RecipeConfig) -> str:
 def help_text(config_class: type[RecipeConfig], recipe: str) -> str:
     """Every key with its default and meaning, a line or two each."""
     lines = [f"usage: python -m {recipe} [CONFIG.yaml] [dotted.key=value ...]", ""]
+    defaults = config_class()
     for key, field in leaves(config_class):
-        lines += [f"{key} = {yaml_scalar(field.default)}", f"    {field.description}"]
+        value = functools.reduce(getattr, key.split("."), defaults)
+        lines += [f"{key} = {yaml_scalar(value)}", f"    {field.description}"]
     return "\n".join(lines)
 
 
@@ -62,16 +67,37 @@ def leaves(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]
             yield prefix + name, field
 
 
+def _with_defaults(config_class: type[RecipeConfig], values: dict[str, Any]) -> dict[str, Any]:
+    """Fill what a given section leaves out from the recipe's default for it, which may differ from the section's."""
+    filled = dict(values)
+    for name, field in config_class.model_fields.items():
+        given = values.get(name, {})
+        if isinstance(field.default, Section) and (given is None or isinstance(given, dict)):
+            filled[name] = field.default.model_dump() | (given or {})
+    return filled
+
+
 def yaml_scalar(value: object) -> str:
     plain = list(value) if isinstance(value, tuple) else value
     return yaml.safe_dump(plain, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain words: on, off, yes, no and dates are strings, as `transport.verify: off` means them."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigurationError(f"{path}: no such configuration file (an override is written key=value)")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = _Loader(path.read_text()).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: not valid YAML: {error}") from error
     if values is None:
@@ -81,12 +107,14 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     return values
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply(values: dict[str, Any], override: str, texts: set[str]) -> None:
     key, _, text = override.partition("=")
     try:
-        value = yaml.safe_load(text)
+        value = _Loader(text).get_single_data()
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{key}: {text!r} is not a YAML value; quote it") from error
+    if key in texts and isinstance(value, int | float):
+        value = text
     *sections, name = key.split(".")
     for section in sections:
         if not isinstance(values.setdefault(section, {}), dict):

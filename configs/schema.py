@@ -22,7 +22,12 @@ class Section(BaseModel):
     """A frozen group of keys; an unknown key is an error."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
+        protected_namespaces=(),
     )
 
 
@@ -68,7 +73,7 @@ class TrainerConfig(Section):
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up: constant, or decaying to zero at the last optimiser step."""
+    """Learning rate after the warm-up: constant, or decaying to zero over the run."""
     warmup_steps: NonNegativeInt = 0
     """Optimiser steps over which the learning rate rises from zero."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)

@@ -30,6 +30,9 @@ class RunLog:
         self._messages: list[dict[str, Any]] = []
         self._cpu_s: dict[str, float] = {}
         self._cpu_before: dict[str, float] = {}
+        if steps_done == 0:
+            for name in ("events.jsonl", "samples.jsonl"):
+                (run_dir / name).unlink(missing_ok=True)
         _cut_after(run_dir / "metrics.jsonl", steps_done)
         self._metrics: TextIO = (run_dir / "metrics.jsonl").open("a", buffering=1)
         self._events: TextIO = (run_dir / "events.jsonl").open("a")
@@ -126,7 +129,7 @@ def _cut_after(path: pathlib.Path, steps_done: int) -> None:
             step = json.loads(line)["step"]
         except json.JSONDecodeError:
             continue
-        if step <= steps_done:
+        if steps_done > 0 and step <= steps_done:
             kept.append(line + "\n")
     path.write_text("".join(kept))
 

@@ -91,6 +91,8 @@ def _disk(config: RecipeConfig) -> list[str]:
     folder = pathlib.Path(config.output_dir).resolve()
     while not folder.exists():
         folder = folder.parent
+    if not folder.is_dir():
+        return [f"output_dir: {folder} is a file: set output_dir to a folder"]
     if not os.access(folder, os.W_OK):
         return [f"output_dir: {folder} is not writable: set output_dir to a folder that is"]
     free = shutil.disk_usage(folder).free

@@ -36,7 +36,7 @@ class Checkpoint:
 
 def newest_checkpoint(run_dir: pathlib.Path) -> Checkpoint | None:
     """The last whole checkpoint of a run, or None."""
-    folders = sorted(folder for folder in (run_dir / "checkpoints").glob(PREFIX + "*") if (folder / STATE).is_file())
+    folders = _whole_checkpoints(run_dir)
     if not folders:
         return None
     return Checkpoint(folders[-1], RunState(**json.loads((folders[-1] / STATE).read_text())))
@@ -60,6 +60,10 @@ def finish_checkpoint(run_dir: pathlib.Path, temporary: pathlib.Path, state: Run
     final = checkpoint_folder(run_dir, state.step)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
-    for old in sorted((run_dir / "checkpoints").glob(PREFIX + "*"))[:-keep]:
+    for old in _whole_checkpoints(run_dir)[:-keep]:
         shutil.rmtree(old)
     return Checkpoint(final, state)
+
+
+def _whole_checkpoints(run_dir: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(folder for folder in (run_dir / "checkpoints").glob(PREFIX + "*") if (folder / STATE).is_file())

@@ -22,7 +22,7 @@ from configs.schema import (
     WarmStartConfig,
 )
 from recipes.data import check_files
-from recipes.evaluate import evaluate
+from recipes.evaluate import describe, evaluate
 from recipes.objectives import ClippedPolicyLoss, group_advantages
 from recipes.rewards import resolve
 from transport.types import Metrics, TrajectoryGroup
@@ -127,30 +127,6 @@ def set_advantages(group: TrajectoryGroup, advantages: Advantages) -> None:
     rewards_G = [trajectory.reward if trajectory.invalid is None else None for trajectory in group.trajectories]
     for trajectory, advantage in zip(group.trajectories, advantages(rewards_G), strict=True):
         trajectory.advantage = advantage
-
-
-def describe(groups_P: Sequence[TrajectoryGroup], version: int, invalid: dict[str, int]) -> dict[str, float]:
-    """Metrics of a step's samples.
-
-    Args:
-        version: the trainer's weight version when it began to learn from them.
-        invalid: count of samples without a reward, by reason.
-    """
-    trajectories = [trajectory for group in groups_P for trajectory in group.trajectories]
-    rewards = [trajectory.reward for trajectory in trajectories if trajectory.invalid is None]
-    staleness = [version - trajectory.completion.weight_version for trajectory in trajectories]
-    tokens = sum(len(trajectory.completion.tokens) for trajectory in trajectories)
-    metrics = {
-        "staleness/mean": sum(staleness) / len(staleness),
-        "staleness/max": max(staleness),
-        "weight_version": version,
-        "tokens/completion": tokens / len(trajectories),
-        "tokens/step": tokens,
-        "samples/invalid": sum(invalid.values()),
-    }
-    if rewards:
-        metrics["reward/mean"] = sum(rewards) / len(rewards)
-    return metrics | {f"samples/invalid/{reason}": count for reason, count in invalid.items()}
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ from transport.types import Metrics, Microbatch
 if TYPE_CHECKING:
     import torch
 
+MAX_LOG_RATIO = 20.0
+"""A token that an engine thought all but impossible must not make the ratio, and every gradient with it, infinite."""
+
 
 def group_advantages(rewards_G: Sequence[float | None], by_std: bool, epsilon: float) -> list[float]:
     """Rewards of one group relative to the group's mean (GRPO, arXiv 2402.03300, section 4.1.2).
@@ -48,7 +51,7 @@ class ClippedPolicyLoss:
     kl_coef: float
 
     def __call__(self, logprobs_N: "torch.Tensor", batch: Microbatch) -> "tuple[torch.Tensor, Metrics]":
-        ratios_N = (logprobs_N - batch.logprobs_N).exp()
+        ratios_N = (logprobs_N - batch.logprobs_N).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
         clipped_N = ratios_N.clamp(1 - self.clip_low, 1 + self.clip_high)
         losses_N = -(ratios_N * batch.advantages_N).minimum(clipped_N * batch.advantages_N)
         is_clipped_N = (ratios_N * batch.advantages_N) > (clipped_N * batch.advantages_N)

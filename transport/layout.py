@@ -33,6 +33,18 @@ class Box:
         shape = tuple(high - low for low, high in zip(start, stop, strict=True))
         return Box(start, shape) if all(length > 0 for length in shape) else None
 
+    def subtract(self, inner: "Box") -> "list[Box]":
+        """The indices outside `inner`, which lies within this box, as disjoint boxes."""
+        rest, start, shape = [], list(self.start), list(self.shape)
+        for d, (low, length) in enumerate(zip(inner.start, inner.shape, strict=True)):
+            before, after = low - start[d], start[d] + shape[d] - low - length
+            if before > 0:
+                rest.append(Box(tuple(start), (*shape[:d], before, *shape[d + 1 :])))
+            if after > 0:
+                rest.append(Box((*start[:d], low + length, *start[d + 1 :]), (*shape[:d], after, *shape[d + 1 :])))
+            start[d], shape[d] = low, length
+        return rest
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:

@@ -3,6 +3,7 @@
 Invariant: every element of every destination shard is written exactly once, from a rank that holds it.
 """
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -46,33 +47,31 @@ def plan_transfer(source: Layout, destination: Layout) -> list[Copy]:
         ours, theirs = source.shapes[wanted.tensor], destination.shapes[wanted.tensor]
         if ours != theirs:
             raise PlanError(f"{wanted.tensor}: shape {ours} in the trainer, {theirs} in the engine")
-        copies += _fill(wanted, sorted(holders[wanted.tensor], key=lambda shard: load[shard.rank]))
-        for copy in copies[-len(holders[wanted.tensor]) :]:
-            load[copy.source_rank] += Box(copy.source_start, copy.shape).size
+        filled = _fill(wanted, sorted(holders[wanted.tensor], key=lambda shard: load[shard.rank]))
+        for copy in filled:
+            load[copy.source_rank] += math.prod(copy.shape)
+        copies += filled
     return copies
 
 
 def _fill(wanted: Shard, held: list[Shard]) -> list[Copy]:
-    """Copies for one destination shard; identical source boxes are replicas, of which the first is used."""
-    copies, seen, covered = [], set(), 0
+    """Copies for one destination shard; what several ranks hold is taken from the first of them."""
+    copies, missing = [], [wanted.box]
     for shard in held:
-        common = wanted.box.intersect(shard.box)
-        if common is None or common in seen:
-            continue
-        seen.add(common)
-        covered += common.size
-        copies.append(
-            Copy(
-                shard.rank,
-                shard.storage,
-                _place(shard, common),
-                wanted.rank,
-                wanted.storage,
-                _place(wanted, common),
-                common.shape,
+        left = []
+        for box in missing:
+            common = box.intersect(shard.box)
+            if common is None:
+                left.append(box)
+                continue
+            left += box.subtract(common)
+            source, destination = _place(shard, common), _place(wanted, common)
+            copies.append(
+                Copy(shard.rank, shard.storage, source, wanted.rank, wanted.storage, destination, common.shape)
             )
-        )
-    if covered != wanted.box.size:
+        missing = left
+    if missing:
+        covered = wanted.box.size - sum(box.size for box in missing)
         raise PlanError(f"{wanted.tensor}: {covered} of {wanted.box.size} elements are held by a train rank")
     return copies
 

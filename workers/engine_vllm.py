@@ -28,7 +28,6 @@ from configs.schema import ModelConfig, RolloutConfig
 from transport.types import Completion
 from workers.engine import SamplingSpec
 
-
 KV_BLOCK_TOKENS = 16
 
 

@@ -68,9 +68,11 @@ def build_model(config: ModelConfig, folder: str, pretrained: bool, seed: int) -
     _check_attention(model)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in model.modules():
+    for module in model.modules():  # the engine samples without dropout
         if isinstance(module, nn.Dropout):
-            module.p = 0.0  # the engine samples without dropout
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (torch types every attribute as a tensor)
     return model.train()
 
 
@@ -88,10 +90,20 @@ def shard(policy: Policy, mesh: DeviceMesh, compute_dtype: str) -> Policy:
 
 
 def _check_attention(model: PreTrainedModel) -> None:
-    """Our mask is full attention within a sequence; a window shorter than the context would be ignored in silence."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    """Refuse what our attention would leave out in silence: windows, chunks and soft caps.
+
+    Raises:
+        ValueError: naming the model and the setting.
+    """
+    config, name = model.config.get_text_config(), type(model).__name__
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention", "sliding_attention"])
     if kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"{type(model).__name__}: attention of kind {sorted(kinds)} is not supported by the trainer")
-    if "sliding_attention" in kinds and config.sliding_window < config.max_position_embeddings:
-        raise ValueError(f"{type(model).__name__}: sliding-window attention is not supported by the trainer")
+        raise ValueError(f"{name}: attention of kind {sorted(kinds)} is not supported by the trainer")
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if "sliding_attention" in kinds and window is not None and window < config.max_position_embeddings:
+        raise ValueError(
+            f"{name}: sliding-window attention is not supported by the trainer; if your sequences are shorter than the "
+            f"window of {window}, set sliding_window to null in the model's config.json"
+        )
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ValueError(f"{name}: attn_logit_softcapping is not supported by the trainer")

@@ -101,6 +101,7 @@ class EngineThread:
                             self._finished += finished
                             self._changed.notify_all()
             engine.close()
+            self._end(EngineFailed("the engine has been closed"))
         except BaseException as error:
             self._end(EngineFailed(f"{type(error).__name__}: {error}"))
             raise
