@@ -107,6 +107,8 @@ class RolloutConfig(Section):
     """Sequences that one engine decodes together."""
     kv_cache_bytes: PositiveInt = 64 << 20
     """Memory of one engine's KV cache."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of its GPU's memory that an engine may count on; lower it where workers share a GPU (CUDA only)."""
     eager: bool = True
     """Run the model as it is written; false lets vLLM compile it and capture CUDA graphs (CUDA only)."""
 
@@ -207,6 +209,8 @@ class DeadlineConfig(Section):
 class ClusterConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where workers run; auto takes CUDA when the cluster has enough GPUs."""
+    gpus_per_worker: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """GPUs of one train, rollout or reference worker; 0.5 lets a train and a rollout worker share one."""
 
 
 class RecipeConfig(Section):
@@ -228,13 +232,13 @@ class RecipeConfig(Section):
     deadline: DeadlineConfig = DeadlineConfig()
     cluster: ClusterConfig = ClusterConfig()
 
-    def num_gpus(self) -> int:
-        """GPUs that the run uses if the cluster has them: one for each worker that holds a model."""
+    def num_model_workers(self) -> int:
+        """Workers that hold a model, and a GPU or a share of one if the cluster has enough."""
         return self.trainer.num_workers
 
     def num_workers(self) -> int:
         """All worker actors of the run."""
-        return self.num_gpus()
+        return self.num_model_workers()
 
     @field_validator("run_name")
     @classmethod

@@ -32,7 +32,6 @@ WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2 << 30),  # freed tensors stay with the process: fewer page faults
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
-    "TORCHDYNAMO_DISABLE": "1",  # vLLM compiles a helper on CPU whatever eager says: 8 s
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "NIXL_LOG_LEVEL": "ERROR",
     "TOKENIZERS_PARALLELISM": "false",

@@ -72,9 +72,11 @@ class RunLog:
         for tracker in self._trackers:
             tracker.log(plain, step=int(metrics["step"]))
 
-    def sample(self, **fields: Any) -> None:
-        """Record one text sample for the report."""
-        self._samples.write(json.dumps({"step": self.step} | fields) + "\n")
+    def sample(self, prompt: str, completion: str, reward: float, answer: str) -> None:
+        """Record one text sample for the report; an invalid one's reward, NaN, is written as null."""
+        fields = {"step": self.step, "prompt": prompt, "completion": completion, "answer": answer}
+        fields["reward"] = reward if math.isfinite(reward) else None
+        self._samples.write(json.dumps(fields) + "\n")
 
     def take_cpu_s(self) -> float:
         """CPU seconds of all observed workers and of this process since the last call."""

@@ -88,15 +88,14 @@ class Orchestrator:
 
     # Launching.
 
-    async def launch_trainer(self, source: PolicySource, temperature: float, num_gpus: int) -> None:
-        """Start the train workers from the run's checkpoint, or else from `source`.
-
-        Args:
-            num_gpus: GPUs that the whole run needs; decides the device when `cluster.device` is auto.
-        """
+    async def launch_trainer(self, source: PolicySource, temperature: float) -> None:
+        """Start the train workers from the run's checkpoint, or else from `source`."""
         from workers.train import TrainWorker
 
-        self.device: Literal["cpu", "cuda"] = choose_device(self.config.cluster.device, num_gpus)
+        cluster = self.config.cluster
+        num_gpus = self.config.num_model_workers() * cluster.gpus_per_worker
+        self.device: Literal["cpu", "cuda"] = choose_device(cluster.device, num_gpus)
+        self._gpus_per_worker = cluster.gpus_per_worker if self.device == "cuda" else 0.0
         self.log.phase(f"starting {self.config.trainer.num_workers} train workers ({self.device})")
         resumed = PolicySource(self.checkpoint.policy) if self.checkpoint else source
         self.trainer = await self._launch_policy("train", TrainWorker, resumed, temperature)
@@ -118,8 +117,8 @@ class Orchestrator:
         deadline_s = self.config.deadline.launch_s
         length = longest_prompt + config.max_tokens
         engine = functools.partial(make_vllm_engine, self.config.model, config, folder, length, self.config.seed)
-        placement = await place("rollout", config.num_workers, self.device, deadline_s)
-        options = actor_options(self.device, max_concurrency=4, enable_tensor_transport=True)
+        placement = await place("rollout", config.num_workers, self._gpus_per_worker, deadline_s)
+        options = actor_options(self._gpus_per_worker, max_concurrency=4, enable_tensor_transport=True)
         self.rollouts = self.launch("rollout", RolloutWorker, placement, options, (engine,))
         self._weight_sync = WeightSync(self.trainer, self.rollouts, transport, deadline_s)
         await self._weight_sync.connect()
@@ -129,9 +128,9 @@ class Orchestrator:
         from workers.environment import EnvironmentWorker
 
         self._environment_config = config
-        placement = await place("environment", config.num_workers, "cpu", self.config.deadline.launch_s)
+        placement = await place("environment", config.num_workers, 0.0, self.config.deadline.launch_s)
         arguments = (reward, config.timeout_s, tokenizer_folder)
-        options = actor_options("cpu")
+        options = actor_options(0.0)
         self.environments = self.launch("environment", EnvironmentWorker, placement, options, arguments)
         await self.environments.call("describe", deadline_s=self.config.deadline.launch_s)
 
@@ -304,8 +303,8 @@ class Orchestrator:
             self.device,
             config.deadline.train_s,
         )
-        placement = await place(role, config.trainer.num_workers, self.device, deadline_s)
-        options = actor_options(self.device, enable_tensor_transport=True)
+        placement = await place(role, config.trainer.num_workers, self._gpus_per_worker, deadline_s)
+        options = actor_options(self._gpus_per_worker, enable_tensor_transport=True)
         group = self.launch(role, worker, placement, options, (spec,))
         address = await group.call_rank(0, "rendezvous", deadline_s=deadline_s)
         await group.call("setup", address, deadline_s=deadline_s)

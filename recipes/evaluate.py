@@ -5,20 +5,31 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from configs.schema import RolloutConfig
-from transport.types import Prompt, TrajectoryGroup
+from transport.types import TrajectoryGroup
 
 if TYPE_CHECKING:
     from orchestrator.orchestrator import Orchestrator
+    from recipes.task import Task
 
 
-async def evaluate(orchestrator: "Orchestrator", prompts_P: Sequence[Prompt], rollout: RolloutConfig) -> float:
-    """Mean reward over held-out prompts, sampled as `rollout` says; invalid samples are left out, NaN if all are."""
+NUM_SHOWN = 4
+
+
+async def evaluate(orchestrator: "Orchestrator", task: "Task", rollout: RolloutConfig) -> float:
+    """Mean reward over held-out prompts, sampled as `rollout` says; invalid samples are left out, NaN if all are.
+
+    The first few go to the run's record of text samples.
+    """
     from workers.engine import SamplingSpec
 
     sampling = SamplingSpec(1, rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
     with orchestrator.timed("evaluate"):
-        groups_P = await orchestrator.rollout(prompts_P, sampling, "evaluate")
+        groups_P = await orchestrator.rollout(task.held_out, sampling, "evaluate")
         await orchestrator.score(groups_P)
+    for group in groups_P[:NUM_SHOWN]:
+        (trajectory,) = group.trajectories
+        text = task.decode(trajectory.completion.tokens)
+        orchestrator.log.sample(group.prompt.text, text, trajectory.reward, group.prompt.answer)
     rewards = [group.trajectories[0].reward for group in groups_P if group.trajectories[0].invalid is None]
     return math.fsum(rewards) / len(rewards) if rewards else math.nan
 

@@ -52,12 +52,12 @@ class Config(RecipeConfig):
     def _reward_can_be_imported(cls, value: str) -> str:
         return resolve(value)
 
-    def num_gpus(self) -> int:
+    def num_model_workers(self) -> int:
         reference = self.trainer.num_workers if self.algorithm.kl_coef > 0 else 0
         return self.trainer.num_workers + self.rollout.num_workers + reference
 
     def num_workers(self) -> int:
-        return self.num_gpus() + self.environment.num_workers
+        return self.num_model_workers() + self.environment.num_workers
 
 
 def check(config: Config) -> None:
@@ -94,7 +94,7 @@ async def train(config: Config, orchestrator: "Orchestrator", advantages: Advant
         await orchestrator.refit()
         metrics = learned.flat() | describe(groups_P, orchestrator.weight_version - 1, invalid)
         if orchestrator.is_due(step, config.eval.every):
-            metrics["eval/accuracy"] = await evaluate(orchestrator, task.held_out, config.rollout)
+            metrics["eval/accuracy"] = await evaluate(orchestrator, task, config.rollout)
         orchestrator.end_step(step, metrics)
         await orchestrator.maybe_save(step, task.tokenizer_folder)
 
@@ -104,8 +104,10 @@ async def launch(config: Config, orchestrator: "Orchestrator") -> "Task":
     from recipes.task import load_task
 
     task = load_task(config, config.eval.num_prompts, config.warm_start)
+    for note in task.notes:
+        orchestrator.log.note(note)
     temperature, algorithm = config.rollout.temperature, config.algorithm
-    await orchestrator.launch_trainer(task.policy, temperature, config.num_gpus())
+    await orchestrator.launch_trainer(task.policy, temperature)
     _, _, start = await asyncio.gather(
         orchestrator.launch_rollouts(task.policy.folder, config.rollout, task.longest_prompt, config.transport),
         orchestrator.launch_environments(config.environment, config.reward, task.tokenizer_folder),
@@ -117,7 +119,7 @@ async def launch(config: Config, orchestrator: "Orchestrator") -> "Task":
     await orchestrator.refit()
     orchestrator.log.phase("training")
     if orchestrator.first_step == 0 and config.eval.every > 0:
-        accuracy = await evaluate(orchestrator, task.held_out, config.rollout)
+        accuracy = await evaluate(orchestrator, task, config.rollout)
         orchestrator.log.metrics({"step": 0, "eval/accuracy": accuracy}, config.steps)
     return task
 

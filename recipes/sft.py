@@ -38,7 +38,9 @@ async def train(config: Config, orchestrator: "Orchestrator") -> None:
     from recipes.task import load_task
 
     task = load_task(config, num_held_out=0, warm_start=WarmStartConfig(steps=0))
-    await orchestrator.launch_trainer(task.policy, temperature=1.0, num_gpus=config.num_gpus())
+    for note in task.notes:
+        orchestrator.log.note(note)
+    await orchestrator.launch_trainer(task.policy, temperature=1.0)
     await orchestrator.configure_optimizer(config.trainer, config.steps)
     orchestrator.log.phase("supervised training")
     async for step in orchestrator.steps():

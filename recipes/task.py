@@ -30,12 +30,17 @@ class Task(Protocol):
     tokenizer_folder: str
     held_out: list[Prompt]
     longest_prompt: int
+    notes: list[str]
+    """What a person should know of the data, such as rows that were dropped."""
 
     def prompts(self, step: int, num: int) -> list[Prompt]:
         """The prompts of a step, a function of the seed and the step alone."""
 
     def demonstrations(self, step: int, num: int) -> list[TrajectoryGroup]:
         """Prompts with the completion to imitate, as groups of one."""
+
+    def decode(self, tokens: list[int]) -> str:
+        """A completion as text, special tokens included, for people."""
 
     async def warm_start(self, orchestrator: Orchestrator) -> PolicySource:
         """Bring the trainer to the policy that reinforcement starts from, and say where that is kept."""
@@ -68,7 +73,9 @@ class FileTask:
             rows, held_out = hold_out(rows, num_held_out, config.seed)
         else:
             held_out = []
-        prompts, self.counts = tokenize(rows, self._tokenizer, data.max_prompt_tokens, data.long_prompts)
+        prompts, counts = tokenize(rows, self._tokenizer, data.max_prompt_tokens, data.long_prompts)
+        longer = f"prompts longer than data.max_prompt_tokens={data.max_prompt_tokens}"
+        self.notes = [f"{count} {longer} were {what}" for what, count in counts.items() if count > 0]
         self.held_out: list[Prompt] = []
         if held_out:
             self.held_out, _ = tokenize(held_out, self._tokenizer, data.max_prompt_tokens, data.long_prompts)
@@ -80,6 +87,9 @@ class FileTask:
 
     def demonstrations(self, step: int, num: int) -> list[TrajectoryGroup]:
         return [demonstration(prompt, prompt.answer, self._tokenizer) for prompt in self.prompts(step, num)]
+
+    def decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens)
 
     async def warm_start(self, orchestrator: Orchestrator) -> PolicySource:
         return self.policy
@@ -100,7 +110,7 @@ class SortTask:
         is_kept = (self._cache / "warm").is_dir()
         self.policy = self._kept if is_kept else PolicySource(self.tokenizer_folder, pretrained=False)
         self._tokenizer = load_tokenizer(self.tokenizer_folder, None, False)
-        self.counts: dict[str, int] = {}
+        self.notes: list[str] = []
         prompts = self._tokenize(sort_task.prompts(config.seed, NUM_SORT_PROMPTS, held_out=False))
         self._dataset = Dataset(prompts, config.seed, config.data.shuffle)
         self.held_out = self._tokenize(sort_task.prompts(config.seed, num_held_out, held_out=True))
@@ -115,6 +125,9 @@ class SortTask:
             demonstration(prompt, answer, self._tokenizer)
             for prompt, (_, answer) in zip(self._tokenize(pairs), pairs, strict=True)
         ]
+
+    def decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens)
 
     async def warm_start(self, orchestrator: Orchestrator) -> PolicySource:
         from recipes.sft import fit

@@ -17,6 +17,10 @@ os.environ |= {
 }
 
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # vLLM compiles a helper on CPU whatever eager says: 8 s
+
 from vllm import EngineArgs, SamplingParams
 from vllm.model_executor.layers import utils as vllm_layers
 from vllm.outputs import RequestOutput
@@ -54,6 +58,7 @@ class VllmEngine:
             enforce_eager=config.eager,
             max_model_len=max_model_len,
             max_num_seqs=config.max_num_seqs,
+            gpu_memory_utilization=config.gpu_memory_utilization,
             kv_cache_memory_bytes=config.kv_cache_bytes,
             logprobs_mode="processed_logprobs",
             generation_config="vllm",

@@ -1,4 +1,4 @@
-"""One Ray cluster for all integration tests, started as the driver starts it, and tiny models made in code."""
+"""A Ray cluster per module that asks for one, started as the driver starts it, and tiny models made in code."""
 
 import pathlib
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from recipes import sort_task
 FAMILIES = ("qwen3_tied", "qwen3_untied", "qwen3_moe", "llama")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     start_ray(num_workers=16)
     yield

@@ -62,7 +62,7 @@ async def _gradient(folder: pathlib.Path, run_dir: pathlib.Path, trainer: Traine
     )  # fmt: skip
     orchestrator = Orchestrator("recipes.grpo", config, str(run_dir))
     try:
-        await orchestrator.launch_trainer(PolicySource(str(folder)), 1.0, config.num_gpus())
+        await orchestrator.launch_trainer(PolicySource(str(folder)), 1.0)
         await orchestrator.configure_optimizer(trainer, 1)
         await orchestrator.forward_backward(_groups(), ClippedPolicyLoss(0.2, 0.28, 0.0))
         return (await orchestrator.trainer.call("gradients", deadline_s=60))[0]

@@ -34,7 +34,7 @@ async def test_an_updated_engine_agrees_with_the_trainer_and_equals_a_fresh_engi
     folder = str(model_folders[family])
     orchestrator = Orchestrator("recipes.grpo", config, str(tmp_path))
     try:
-        await orchestrator.launch_trainer(PolicySource(folder), 1.0, 3)
+        await orchestrator.launch_trainer(PolicySource(folder), 1.0)
         await orchestrator.launch_rollouts(folder, config.rollout, 8, config.transport)
         await orchestrator.configure_optimizer(config.trainer.model_copy(update={"learning_rate": 1e-2}), 2)
         loss = ClippedPolicyLoss(0.2, 0.28, 0.0)
@@ -73,7 +73,7 @@ async def _fresh_engine_samples(
     engine = functools.partial(
         make_vllm_engine, ModelConfig(), config.rollout, folder, 16, config.seed, load_format="auto"
     )
-    placement = await place("fresh", 1, "cpu", 60)
-    options = actor_options("cpu", max_concurrency=4)
+    placement = await place("fresh", 1, 0.0, 60)
+    options = actor_options(0.0, max_concurrency=4)
     group = orchestrator.launch("fresh", RolloutWorker, placement, options, (engine,))
     return await group.call_rank(0, "generate", _requests(), 5, 120.0, deadline_s=120)

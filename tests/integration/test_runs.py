@@ -1,13 +1,13 @@
 """Whole runs through the command line, on a user's own model, data and reward."""
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -87,6 +87,7 @@ def test_a_stopped_run_resumes_at_the_next_step_and_samples_what_it_would_have(
 def test_a_run_whose_worker_fails_names_the_cause_and_the_resume_command(
     model_folders: dict[str, pathlib.Path], data: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
+    before = _ray_processes()
     broken = command(model_folders["llama"], data, tmp_path, "broken", "rollout.kv_cache_bytes=1")
     finished = subprocess.run(broken, timeout=280, capture_output=True, text=True)
     assert finished.returncode == 1
@@ -95,9 +96,9 @@ def test_a_run_whose_worker_fails_names_the_cause_and_the_resume_command(
     assert cause.startswith("error: WorkerFailed: rollout/") and "cache blocks" in cause
     assert logs.startswith("logs: ") and pathlib.Path(logs.removeprefix("logs: ")).exists()
     assert resume.endswith("run_name=broken")
-    assert not _children_of(os.getpid())
+    assert _ray_processes() <= before, "a Ray process outlived its run"
 
 
-def _children_of(pid: int) -> list[str]:
-    listing = subprocess.run(["ps", "--ppid", str(pid), "-o", "args="], capture_output=True, text=True).stdout
-    return [line for line in listing.splitlines() if "ray" in line and "ps --ppid" not in line]
+def _ray_processes() -> set[int]:
+    lines = {process.pid: " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])}
+    return {pid for pid, line in lines.items() if line.startswith("ray::") or "/ray/" in line}

@@ -43,8 +43,8 @@ spans: list[tuple[str, str, Timed]] = []
 
 @pytest.fixture
 async def group(cluster: None) -> AsyncIterator[WorkerGroup[Probe]]:
-    placement = await place("probe", 3, "cpu", 30)
-    launched = WorkerGroup.launch("probe", Probe, placement, actor_options("cpu"), (), lambda *span: spans.append(span))
+    placement = await place("probe", 3, 0.0, 30)
+    launched = WorkerGroup.launch("probe", Probe, placement, actor_options(0.0), (), lambda *span: spans.append(span))
     yield launched
     launched.kill()
 
@@ -76,8 +76,8 @@ async def test_a_killed_rank_is_named(group: WorkerGroup[Probe]) -> None:
 
 
 async def test_a_constructor_that_fails_is_named_with_its_error(cluster: None) -> None:
-    placement = await place("born", 1, "cpu", 30)
-    launched = WorkerGroup.launch("born", BornDead, placement, actor_options("cpu"), (), lambda *span: None)
+    placement = await place("born", 1, 0.0, 30)
+    launched = WorkerGroup.launch("born", BornDead, placement, actor_options(0.0), (), lambda *span: None)
     with pytest.raises(
         WorkerFailed, match=r"^born/0 failed in add: its start failed: FileNotFoundError: no such tokenizer$"
     ):
@@ -87,6 +87,6 @@ async def test_a_constructor_that_fails_is_named_with_its_error(cluster: None) -
 
 async def test_what_does_not_fit_the_cluster_is_refused_at_the_deadline(cluster: None) -> None:
     with pytest.raises(PlacementFailed, match=r"train: 500 bundles of .* were not free within 1 s"):
-        await place("train", 500, "cpu", 1)
+        await place("train", 500, 0.0, 1)
     with pytest.raises(PlacementFailed, match=r"cluster.device=cuda needs 4 GPUs, the cluster has 0"):
         choose_device("cuda", 4)
