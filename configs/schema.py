@@ -222,7 +222,7 @@ class RecipeConfig(Section):
     """Where run folders are kept; shared storage when the cluster has several nodes."""
     seed: NonNegativeInt = 0
     """Seed of data order, initial weights and sampling."""
-    steps: PositiveInt = 50
+    steps: PositiveInt = 60
     """Steps of the run."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

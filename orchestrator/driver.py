@@ -107,7 +107,7 @@ def _run(recipe: str, config: RecipeConfig, run_dir: pathlib.Path, arguments: Se
     from orchestrator.report import write_report
 
     kept = [argument for argument in arguments if not argument.startswith("run_name=")]
-    resume = shlex.join(["python", "-m", recipe, *kept, f"run_name={config.run_name}"])
+    resume = shlex.join([_python(), "-m", recipe, *kept, f"run_name={config.run_name}"])
     stop = StopRequest()
     stop.listen()
     code, failure = 1, ""
@@ -115,6 +115,8 @@ def _run(recipe: str, config: RecipeConfig, run_dir: pathlib.Path, arguments: Se
         with Progress(f"{recipe} {config.run_name}") as progress:
             next_step = _with_ray(recipe, config, run_dir, progress.update, stop)
         code = 0 if next_step >= config.steps else 1
+        if code == 1:
+            failure = f"error: the recipe ended at step {next_step} of {config.steps}"
     except Stopped as stopped:
         code, failure = stopped.exit_code, f"stopped by {stopped}"
     except ConfigurationError as error:
@@ -132,6 +134,12 @@ def _run(recipe: str, config: RecipeConfig, run_dir: pathlib.Path, arguments: Se
 
 class RunFailed(Exception):  # noqa: N818
     """The run ended with an error; the message is its cause."""
+
+
+def _python() -> str:
+    """This interpreter as one would type it here."""
+    path = pathlib.Path(sys.executable)
+    return str(path.relative_to(pathlib.Path.cwd()) if path.is_relative_to(pathlib.Path.cwd()) else path)
 
 
 def _with_ray(recipe: str, config: RecipeConfig, run_dir: pathlib.Path, show: Show, stop: StopRequest) -> int:
