@@ -44,9 +44,11 @@ def test_a_step_is_one_line_and_one_message(tmp_path: pathlib.Path):
 def test_a_line_is_on_disk_before_the_run_ends(tmp_path: pathlib.Path):
     log = run_log(tmp_path)
     log.metrics({"step": 1}, steps=9)
-    log.sample(prompt="312=")
+    log.sample("312=", "132", math.nan, "123")
     assert steps(tmp_path) == [1]
-    assert lines(tmp_path, "samples.jsonl") == [{"step": 0, "prompt": "312="}]
+    assert lines(tmp_path, "samples.jsonl") == [
+        {"step": 0, "prompt": "312=", "completion": "132", "answer": "123", "reward": None}
+    ]
     log.close()
 
 
