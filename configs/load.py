@@ -128,12 +128,21 @@ def _explain(config_class: type[RecipeConfig], error: pydantic.ValidationError) 
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "--help lists every key"
-            lines.append(f"{key}: unknown key; {hint}")
-            continue
         message = item["msg"].removeprefix("Value error, ")
-        got = "" if item["type"] == "value_error" and not key else f", got {item['input']!r}"
-        lines.append(f"{key}: {message}{got}" if key else message)
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{key}: unknown key; {_hint(key, known)}")
+        elif isinstance(item["input"], dict):  # a combination within a section: its message names the keys
+            lines.append(message)
+        else:
+            lines.append(f"{key}: {message}, got {item['input']!r}")
     return "\n".join(lines)
+
+
+def _hint(key: str, known: list[str]) -> str:
+    """The likeliest key that was meant, or those of the same section."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    if near:
+        return f"did you mean {near[0]}?"
+    section = key.rpartition(".")[0]
+    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
+    return f"{section} has {', '.join(siblings)}" if section and siblings else "--help lists every key"

@@ -123,7 +123,8 @@ def _run(recipe: str, config: RecipeConfig, run_dir: pathlib.Path, arguments: Se
         code, failure = 2, f"error: {error}"
     except RunFailed as error:
         failure = f"error: {error}"
-    if (run_dir / "metrics.jsonl").exists():
+    metrics = run_dir / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().st_size > 0:
         print(f"report: {write_report(run_dir)}")
     if failure:
         print(failure, file=sys.stderr)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import tokenizers
 
 from configs.load import ConfigurationError
 from configs.schema import DataConfig
@@ -101,11 +102,7 @@ def tokenize(
             raise ConfigurationError(f"row {row.number}: the tokenizer gives no tokens for this prompt; correct it")
         if num_tokens > max_prompt_tokens:
             if long_prompts == "error":
-                raise ConfigurationError(
-                    f"row {row.number}: the prompt has {num_tokens} tokens, data.max_prompt_tokens is "
-                    f"{max_prompt_tokens}: raise it, or set data.long_prompts to drop (leave such rows out) or "
-                    "truncate (keep their last tokens) instead of error"
-                )
+                raise _too_long(row, num_tokens, max_prompt_tokens)
             if long_prompts == "drop":
                 counts["dropped"] += 1
                 continue
@@ -260,12 +257,35 @@ def _rendered(row: Row, tokenizer: Any) -> str:
         raise ConfigurationError(f"row {row.number}: the chat template refuses these messages: {error}") from error
 
 
-def check_files(config: DataConfig) -> None:
-    """Read every row of the files that a configuration names.
+def check_files(config: DataConfig, model_path: str | None, num_held_out: int) -> None:
+    """Read every row of the files that a configuration names, and measure prompts where that needs no transformers.
 
     Raises:
-        ConfigurationError: naming the first row that is wrong.
+        ConfigurationError: naming the first row that is wrong, or too few rows to hold any out.
     """
-    for path in (config.path, config.eval_path):
-        if path is not None:
-            load_rows(path, config.prompt_column, config.answer_column)
+    if config.path is None or model_path is None:
+        return
+    rows = load_rows(config.path, config.prompt_column, config.answer_column)
+    if config.eval_path is not None:
+        rows = rows + load_rows(config.eval_path, config.prompt_column, config.answer_column)
+    else:
+        hold_out(rows, num_held_out, seed=0)
+    tokenizer_file = pathlib.Path(model_path) / "tokenizer.json"
+    if config.long_prompts == "error" and tokenizer_file.is_file():
+        _check_lengths(rows, tokenizer_file, config.max_prompt_tokens)
+
+
+def _check_lengths(rows: Sequence[Row], tokenizer_file: pathlib.Path, limit: int) -> None:
+    """Chat messages are left to `tokenize`, which renders them."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    texts = [row for row in rows if isinstance(row.prompt, str)]
+    for row, encoding in zip(texts, tokenizer.encode_batch([str(row.prompt) for row in texts]), strict=True):
+        if len(encoding.ids) > limit:
+            raise _too_long(row, len(encoding.ids), limit)
+
+
+def _too_long(row: Row, num_tokens: int, limit: int) -> ConfigurationError:
+    return ConfigurationError(
+        f"row {row.number}: the prompt has {num_tokens} tokens, data.max_prompt_tokens is {limit}: raise it, or set "
+        "data.long_prompts to drop (leave such rows out) or truncate (keep their last tokens) instead of error"
+    )

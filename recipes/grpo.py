@@ -62,7 +62,7 @@ class Config(RecipeConfig):
 
 def check(config: Config) -> None:
     """Read the user's rows. Raises ConfigurationError naming the first bad one."""
-    check_files(config.data)
+    check_files(config.data, config.model.path, config.eval.num_prompts)
 
 
 async def train(config: Config, orchestrator: "Orchestrator", advantages: Advantages | None = None) -> None:
@@ -101,9 +101,10 @@ async def train(config: Config, orchestrator: "Orchestrator", advantages: Advant
 
 async def launch(config: Config, orchestrator: "Orchestrator") -> "Task":
     """Start every worker, warm up the policy if the task needs it, and serve it: version 1 is on every engine."""
-    from recipes.task import load_task
+    from recipes.task import check_context, load_task
 
     task = load_task(config, config.eval.num_prompts, config.warm_start)
+    check_context(config.model, task.policy.folder, task.longest_prompt + config.rollout.max_tokens)
     for note in task.notes:
         orchestrator.log.note(note)
     temperature, algorithm = config.rollout.temperature, config.algorithm

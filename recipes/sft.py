@@ -30,7 +30,7 @@ class Config(RecipeConfig):
 
 def check(config: Config) -> None:
     """Read the user's rows. Raises ConfigurationError naming the first bad one."""
-    check_files(config.data)
+    check_files(config.data, config.model.path, num_held_out=0)
 
 
 async def train(config: Config, orchestrator: "Orchestrator") -> None:

@@ -10,7 +10,7 @@ import shutil
 from typing import TYPE_CHECKING, Any, Protocol
 
 from configs.load import ConfigurationError
-from configs.schema import RecipeConfig, WarmStartConfig
+from configs.schema import ModelConfig, RecipeConfig, WarmStartConfig
 from orchestrator.orchestrator import Orchestrator, PolicySource, derive_seed
 from recipes import sort_task
 from recipes.data import Dataset, hold_out, load_rows, tokenize
@@ -178,3 +178,16 @@ def load_tokenizer(folder: str, revision: str | None, trust_remote_code: bool) -
             f"model.path: the tokenizer of {folder} has no eos_token; add it to tokenizer_config.json"
         )
     return tokenizer
+
+
+def check_context(model: ModelConfig, folder: str, longest: int) -> None:
+    """Raises ConfigurationError if the longest prompt and completion together exceed the model's context."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise ConfigurationError(
+            f"rollout.max_tokens: the longest prompt and completion have {longest} tokens together, {folder} has a "
+            f"context of {limit}: lower rollout.max_tokens or data.max_prompt_tokens"
+        )
