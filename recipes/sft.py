@@ -11,11 +11,10 @@ from pydantic import PositiveInt
 
 from configs.schema import RecipeConfig, TrainerConfig, WarmStartConfig
 from recipes.data import check_files
-from recipes.objectives import NegativeLogLikelihood
+from recipes.supervised import fit_step
 
 if TYPE_CHECKING:
     from orchestrator.orchestrator import Orchestrator
-    from recipes.task import Task
 
 
 class Config(RecipeConfig):
@@ -47,22 +46,6 @@ async def train(config: Config, orchestrator: "Orchestrator") -> None:
         metrics = await fit_step(orchestrator, task, step, config.batch_size)
         orchestrator.end_step(step, metrics)
         await orchestrator.maybe_save(step, task.tokenizer_folder)
-
-
-async def fit(orchestrator: "Orchestrator", task: "Task", trainer: TrainerConfig, config: WarmStartConfig) -> None:
-    """Supervised steps before another recipe's own."""
-    await orchestrator.configure_optimizer(trainer, config.steps)
-    orchestrator.log.phase(f"supervised warm start, {config.steps} steps")
-    for step in range(config.steps):
-        metrics = await fit_step(orchestrator, task, step, config.batch_size)
-        orchestrator.log.warm_start(step + 1, config.steps, metrics["loss"])
-
-
-async def fit_step(orchestrator: "Orchestrator", task: "Task", step: int, batch_size: int) -> dict[str, float]:
-    """One optimiser step on the demonstrations of `step`."""
-    metrics = await orchestrator.forward_backward(task.demonstrations(step, batch_size), NegativeLogLikelihood())
-    metrics.merge(await orchestrator.optim_step())
-    return metrics.flat()
 
 
 if __name__ == "__main__":

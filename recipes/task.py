@@ -14,6 +14,7 @@ from configs.schema import ModelConfig, RecipeConfig, WarmStartConfig
 from orchestrator.orchestrator import Orchestrator, PolicySource, derive_seed
 from recipes import sort_task
 from recipes.data import Dataset, hold_out, load_rows, tokenize
+from recipes.supervised import fit
 from transport.types import Completion, Prompt, Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
@@ -130,8 +131,6 @@ class SortTask:
         return self._tokenizer.decode(tokens)
 
     async def warm_start(self, orchestrator: Orchestrator) -> PolicySource:
-        from recipes.sft import fit
-
         if self.policy == self._kept or orchestrator.checkpoint is not None:
             return self._kept
         config = self._trainer.model_copy(
