@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CPU_STAMP := $(VENV)/.installed-cpu
-GPU_STAMP := $(VENV)/.installed-gpu
+GPU_VENV := .venv-gpu
+GPU_STAMP := $(GPU_VENV)/.installed
 BENCH_VENV := .venv-trl
 BENCH_STAMP := $(BENCH_VENV)/.installed
 PACKAGES := configs transport workers orchestrator recipes
@@ -28,7 +29,7 @@ check: $(CPU_STAMP)  ## lint, format, types, layers, size gate and unit tests
 
 install: $(CPU_STAMP)
 
-install-gpu: $(GPU_STAMP)  ## the CUDA build, in the same .venv
+install-gpu: $(GPU_STAMP)  ## the CUDA builds, in .venv-gpu: they and the CPU builds share package folders
 
 # torch's CPU build is not on the public package index: pip's configured sources come first, then PyTorch's own.
 define install_cpu_lock
@@ -47,8 +48,8 @@ $(BENCH_STAMP): requirements/bench.lock
 	$(call install_cpu_lock,$(BENCH_VENV),$<,$@)
 
 $(GPU_STAMP): requirements/gpu.lock
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-deps --requirement $<
+	test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/pip install --quiet --no-deps --requirement $<
 	touch $@
 
 bench-setup: $(CPU_STAMP) $(BENCH_STAMP)  ## TRL, in an environment of its own
@@ -66,4 +67,4 @@ lock: $(CPU_STAMP)  ## resolve pyproject.toml into requirements/*.lock
 	  --overrides requirements/overrides-cpu.txt requirements/bench.in --output-file requirements/bench.lock
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(GPU_VENV) $(BENCH_VENV) .mypy_cache .pytest_cache .ruff_cache

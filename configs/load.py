@@ -131,7 +131,7 @@ def _explain(config_class: type[RecipeConfig], error: pydantic.ValidationError) 
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             lines.append(f"{key}: unknown key; {_hint(key, known)}")
-        elif isinstance(item["input"], dict):  # a combination within a section: its message names the keys
+        elif item["type"] == "value_error" and isinstance(item["input"], dict):  # a combination: its message names keys
             lines.append(message)
         else:
             lines.append(f"{key}: {message}, got {item['input']!r}")

@@ -105,8 +105,8 @@ class RolloutConfig(Section):
     """Top-k of evaluation sampling; 0 is off."""
     max_num_seqs: PositiveInt = 256
     """Sequences that one engine decodes together."""
-    kv_cache_bytes: PositiveInt = 64 << 20
-    """Memory of one engine's KV cache."""
+    kv_cache_bytes: PositiveInt | None = None
+    """Memory of one engine's KV cache; without it, room for `max_num_seqs` full-length sequences, at most 4 GiB."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Share of its GPU's memory that an engine may count on; lower it where workers share a GPU (CUDA only)."""
     eager: bool = True
@@ -205,10 +205,14 @@ class DeadlineConfig(Section):
     checkpoint_s: PositiveFloat = 600.0
     """Longest save or load of a checkpoint."""
 
+    def longest_step_s(self) -> float:
+        """How long a run that was asked to stop may take to finish its step and save."""
+        return self.rollout_s + self.train_s + self.refit_s + self.checkpoint_s
+
 
 class ClusterConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where workers run; auto takes CUDA when the cluster has enough GPUs."""
+    """Where workers run; auto takes CUDA when the cluster has GPUs."""
     gpus_per_worker: Annotated[float, Field(gt=0, le=1)] = 1.0
     """GPUs of one train, rollout or reference worker; 0.5 lets a train and a rollout worker share one."""
 

@@ -19,9 +19,8 @@ from typing import Any
 
 from configs.load import ConfigurationError, dump, help_text, load
 from configs.schema import RecipeConfig
-from orchestrator.run_state import newest_checkpoint
+from orchestrator.run_state import Checkpoint, check_identity, identity_of, newest_checkpoint
 
-STOP_GRACE_S = 60.0
 POLL_S = 0.25
 ANSWER_TIMEOUT_S = 60.0
 
@@ -48,7 +47,7 @@ class Stopped(Exception):  # noqa: N818
 
 
 class StopRequest:
-    """Remembers the first SIGTERM or Ctrl-C; the second one ends the process at once.
+    """Remembers the first SIGTERM or Ctrl-C while a run goes on; the second one ends the process at once.
 
     A flag, not an exception: Ray's compiled calls turn an exception raised by a handler into another one.
     """
@@ -56,7 +55,7 @@ class StopRequest:
     number: int | None = None
 
     def listen(self) -> None:
-        """Ray puts its own handlers in place when it starts: call this before and after."""
+        """From now on; Ray puts its own handlers in place when it starts, so call this after."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
@@ -78,11 +77,10 @@ def main(recipe: str, arguments: Sequence[str] | None = None) -> int:
         config = _named(load(module.Config, arguments), recipe)
         preflight(config)
         module.check(config)
-        run_dir = _run_folder(config)
+        run_dir, checkpoint = _run_folder(recipe, config)
     except ConfigurationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    checkpoint = newest_checkpoint(run_dir)
     if checkpoint is not None and checkpoint.state.step >= config.steps:
         print(f"{run_dir} is finished at step {checkpoint.state.step}: give more steps=, or another run_name=")
         return 0
@@ -94,12 +92,22 @@ def _named(config: RecipeConfig, recipe: str) -> RecipeConfig:
     return config.model_copy(update={"run_name": name})
 
 
-def _run_folder(config: RecipeConfig) -> pathlib.Path:
-    """Make the run's folder and write its resolved config."""
+def _run_folder(recipe: str, config: RecipeConfig) -> tuple[pathlib.Path, Checkpoint | None]:
+    """Make the run's folder, find what it resumes from, and write the resolved config.
+
+    Raises:
+        ConfigurationError: the folder cannot be written, or holds a run of something else.
+    """
     run_dir = pathlib.Path(config.output_dir).resolve() / config.run_name
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(dump(config))
-    return run_dir
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint = newest_checkpoint(run_dir)
+        if checkpoint is not None:
+            check_identity(checkpoint, identity_of(recipe, config))
+        (run_dir / "config.yaml").write_text(dump(config))
+    except OSError as error:
+        raise ConfigurationError(f"run_name: {run_dir} cannot be used as a run folder: {error}") from error
+    return run_dir, checkpoint
 
 
 def _run(recipe: str, config: RecipeConfig, run_dir: pathlib.Path, arguments: Sequence[str]) -> int:
@@ -109,7 +117,6 @@ def _run(recipe: str, config: RecipeConfig, run_dir: pathlib.Path, arguments: Se
     kept = [argument for argument in arguments if not argument.startswith("run_name=")]
     resume = shlex.join([_python(), "-m", recipe, *kept, f"run_name={config.run_name}"])
     stop = StopRequest()
-    stop.listen()
     code, failure = 1, ""
     try:
         with Progress(f"{recipe} {config.run_name}") as progress:
@@ -147,7 +154,10 @@ def _with_ray(recipe: str, config: RecipeConfig, run_dir: pathlib.Path, show: Sh
     """Start or join Ray, run, and leave nothing of ours behind."""
     import ray
 
-    start_ray(config.num_workers())
+    try:
+        start_ray(config.num_workers())
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigurationError(f"Ray did not start: {error}") from error
     stop.listen()
     try:
         return _drive(recipe, config, run_dir, show, stop)
@@ -156,6 +166,8 @@ def _with_ray(recipe: str, config: RecipeConfig, run_dir: pathlib.Path, show: Sh
             raise ConfigurationError(str(error.cause)) from error
         (run_dir / "error.txt").write_text(str(error))
         raise RunFailed(f"{type(error.cause).__name__}: {error.cause}") from error
+    except ray.exceptions.GetTimeoutError as error:
+        raise RunFailed(f"the orchestrator did not answer within {ANSWER_TIMEOUT_S:.0f} s") from error
     except ray.exceptions.RayError as error:
         raise RunFailed(f"the orchestrator died: {error}") from error
     finally:
@@ -203,7 +215,7 @@ def _drive(recipe: str, config: RecipeConfig, run_dir: pathlib.Path, show: Show,
         if stop.number is not None and give_up_s == math.inf:
             show({"kind": "note", "text": f"{signal.Signals(stop.number).name}: finishing the step and saving"})
             ray.get(actor.stop.remote(), timeout=ANSWER_TIMEOUT_S)
-            give_up_s = time.monotonic() + STOP_GRACE_S
+            give_up_s = time.monotonic() + config.deadline.longest_step_s()
     next_step = ray.get(finished) if done else 0
     if stop.number is not None and next_step < config.steps:
         raise Stopped(stop.number)

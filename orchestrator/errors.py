@@ -15,3 +15,7 @@ class DeadlineExceeded(RayfitError):  # noqa: N818
 
 class PlacementFailed(RayfitError):  # noqa: N818
     """The cluster lacks the resources that the configuration asks for."""
+
+
+class RunStopped(Exception):  # noqa: N818
+    """A signal ended the run before its first step; not a failure."""

@@ -16,9 +16,10 @@ import xxhash
 
 from configs.schema import EnvironmentConfig, RecipeConfig, RolloutConfig, TrainerConfig, TransportConfig
 from orchestrator.batching import Budget, make_microbatches, split_minibatches
+from orchestrator.errors import RunStopped
 from orchestrator.metrics import PhaseTimes, RunLog
 from orchestrator.placement import actor_options, choose_device, place
-from orchestrator.run_state import RunState, finish_checkpoint, newest_checkpoint, temporary_folder
+from orchestrator.run_state import RunState, finish_checkpoint, identity_of, newest_checkpoint, temporary_folder
 from orchestrator.weight_sync import RefitReport, WeightSync
 from orchestrator.worker_group import WorkerGroup
 from transport.types import Metrics, Microbatch, Prompt, Trajectory, TrajectoryGroup
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from workers.environment import EnvironmentWorker
     from workers.rollout import RolloutWorker
     from workers.train import Loss, PolicyWorker, TrainWorker
+
+RESTART_S = 10.0
+"""Longest start of a reward process: Python and what the reward imports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,7 @@ class Orchestrator:
         self.run_dir = pathlib.Path(run_dir)
         self._recipe = recipe
         self.checkpoint = newest_checkpoint(self.run_dir)
-        state = self.checkpoint.state if self.checkpoint else RunState(0, 0, 0, config.steps)
+        state = self.checkpoint.state if self.checkpoint else RunState(0, 0, 0, {})
         self.first_step = state.step
         # The first refit of a resumed run serves the checkpoint's version again.
         self.weight_version = max(state.weight_version - 1, 0)
@@ -74,6 +78,8 @@ class Orchestrator:
             self.log.note(f"resuming at step {self.first_step + 1} from {self.checkpoint.folder}")
         try:
             await recipe.train(self.config, self)
+        except RunStopped:
+            self.log.note("stopped before the first step")
         finally:
             await self.close()
         return self._next_step
@@ -85,6 +91,11 @@ class Orchestrator:
     async def stop(self) -> None:
         """End after the present step, with a checkpoint."""
         self._stopping = True
+
+    def check_stop(self) -> None:
+        """Raises RunStopped if `stop` was called; for loops before the first step."""
+        if self._stopping:
+            raise RunStopped
 
     # Launching.
 
@@ -120,8 +131,8 @@ class Orchestrator:
         placement = await place("rollout", config.num_workers, self._gpus_per_worker, deadline_s)
         options = actor_options(self._gpus_per_worker, max_concurrency=4, enable_tensor_transport=True)
         self.rollouts = self.launch("rollout", RolloutWorker, placement, options, (engine,))
-        self._weight_sync = WeightSync(self.trainer, self.rollouts, transport, deadline_s)
-        await self._weight_sync.connect()
+        self._weight_sync = WeightSync(self.trainer, self.rollouts, transport, self.config.deadline.refit_s)
+        await self._weight_sync.connect(deadline_s)
 
     async def launch_environments(self, config: EnvironmentConfig, reward: str, tokenizer_folder: str) -> None:
         """Start the workers that score completions."""
@@ -194,10 +205,11 @@ class Orchestrator:
             for prompt, trajectory in pairs
         ]
         size = len(self.environments)
-        longest_s = self._environment_config.timeout_s * (1 + len(samples) // size) + self.config.deadline.refit_s
+        # In the worst case every sample takes its whole time and costs its worker a new reward process.
+        worst_s = (self._environment_config.timeout_s + RESTART_S) * (1 + len(samples) // size)
         with self._times("score"):
             answers = await self.environments.scatter(
-                "score", [(samples[rank::size],) for rank in range(size)], deadline_s=longest_s
+                "score", [(samples[rank::size],) for rank in range(size)], deadline_s=worst_s
             )
         reasons: dict[str, int] = {}
         for rank, answer in enumerate(answers):
@@ -278,7 +290,8 @@ class Orchestrator:
         temporary = temporary_folder(self.run_dir, step + 1)
         deadline_s = self.config.deadline.checkpoint_s
         await self.trainer.call("save", str(temporary), tokenizer_folder, deadline_s=deadline_s)
-        state = RunState(step + 1, self._optim_steps, self.weight_version, self.config.steps)
+        identity = identity_of(self._recipe, self.config)
+        state = RunState(step + 1, self._optim_steps, self.weight_version, identity)
         finish_checkpoint(self.run_dir, temporary, state, self.config.checkpoint.keep)
 
     async def save_policy(self, folder: pathlib.Path, tokenizer_folder: str) -> None:

@@ -6,24 +6,27 @@ from typing import Any, Literal
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from configs.load import ConfigurationError
 from orchestrator.errors import PlacementFailed
 
 CPUS_PER_WORKER = 1
 
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"], num_gpus: float) -> Literal["cpu", "cuda"]:
-    """The device of train, rollout and reference workers.
+    """The device of train, rollout and reference workers: with "auto", CUDA if the cluster has any GPU.
 
     Raises:
-        PlacementFailed: CUDA was asked for and the cluster has fewer than `num_gpus` GPUs.
+        ConfigurationError: the cluster has fewer than `num_gpus` GPUs.
     """
     available = ray.cluster_resources().get("GPU", 0)
-    if wanted == "cuda" and available < num_gpus:
-        raise PlacementFailed(
-            f"cluster.device=cuda needs {num_gpus:g} GPUs, the cluster has {available:g}: lower trainer.num_workers, "
-            "rollout.num_workers or cluster.gpus_per_worker, or set cluster.device=cpu"
+    if wanted == "cpu" or (wanted == "auto" and available == 0):
+        return "cpu"
+    if available < num_gpus:
+        raise ConfigurationError(
+            f"cluster.device={wanted}: {num_gpus:g} GPUs are needed, the cluster has {available:g}: lower "
+            "trainer.num_workers, rollout.num_workers or cluster.gpus_per_worker, or set cluster.device=cpu"
         )
-    return "cuda" if wanted != "cpu" and available >= num_gpus else "cpu"
+    return "cuda"
 
 
 async def place(role: str, num_workers: int, gpus_per_worker: float, deadline_s: float) -> PlacementGroup:

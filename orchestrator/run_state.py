@@ -7,6 +7,10 @@ import json
 import pathlib
 import shutil
 from dataclasses import asdict, dataclass
+from typing import Any
+
+from configs.load import ConfigurationError
+from configs.schema import RecipeConfig
 
 PREFIX = "step-"
 STATE = "state.json"
@@ -19,8 +23,8 @@ class RunState:
     step: int
     optim_steps: int
     weight_version: int
-    num_steps: int
-    """Steps that the run was asked for when it was saved; a finished run has step == num_steps."""
+    identity: dict[str, Any]
+    """What the run trains on what; see `identity_of`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +38,39 @@ class Checkpoint:
         return str(self.folder / "policy")
 
 
+def identity_of(recipe: str, config: RecipeConfig) -> dict[str, Any]:
+    """The recipe and the keys that a resumed run must share with its checkpoint: weights and rows depend on them."""
+    values = config.model_dump(mode="json")
+    kept = {name: values[name] for name in ("seed", "model", "data")}
+    algorithm = values.get("algorithm", {})
+    sizes = {name: algorithm[name] for name in ("prompts_per_step", "num_minibatches") if name in algorithm}
+    return {"recipe": recipe} | kept | sizes
+
+
+def check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
+    """Raises ConfigurationError, naming the keys, if the checkpoint is of another recipe, model or data."""
+    saved = checkpoint.state.identity
+    different = [name for name in identity if identity[name] != saved.get(name)]
+    if different:
+        parts = [f"{name} is {identity[name]!r}, was {saved.get(name)!r}" for name in different]
+        raise ConfigurationError(
+            f"{checkpoint.folder} cannot be resumed: {'; '.join(parts)}. Set it back, or use another run_name"
+        )
+
+
 def newest_checkpoint(run_dir: pathlib.Path) -> Checkpoint | None:
-    """The last whole checkpoint of a run, or None."""
+    """The last whole checkpoint of a run, or None.
+
+    Raises:
+        ConfigurationError: it was written by another version.
+    """
     folders = _whole_checkpoints(run_dir)
     if not folders:
         return None
-    return Checkpoint(folders[-1], RunState(**json.loads((folders[-1] / STATE).read_text())))
+    try:
+        return Checkpoint(folders[-1], RunState(**json.loads((folders[-1] / STATE).read_text())))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ConfigurationError(f"{folders[-1] / STATE} is of another version: use another run_name") from error
 
 
 def checkpoint_folder(run_dir: pathlib.Path, step: int) -> pathlib.Path:

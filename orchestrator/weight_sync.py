@@ -62,14 +62,14 @@ class WeightSync:
         self._config, self._deadline_s = config, deadline_s
         self._lock = asyncio.Lock()
 
-    async def connect(self) -> None:
-        """Plan the transfer from both layouts and make every buffer.
+    async def connect(self, deadline_s: float) -> None:
+        """Plan the transfer from both layouts and make every buffer; engines may still be starting.
 
         Raises:
             PlanError: some engine parameter has no source in the trainer, or the reverse.
         """
-        source = merge(await self._trainer.call("layout", deadline_s=self._deadline_s))
-        parameters = await self._rollout.call("parameters", deadline_s=self._deadline_s)
+        source = merge(await self._trainer.call("layout", deadline_s=deadline_s))
+        parameters = await self._rollout.call("parameters", deadline_s=deadline_s)
         destination = [
             engine_layout(shapes, packed, source.shapes, rank) for rank, (shapes, packed) in enumerate(parameters)
         ]
@@ -79,8 +79,8 @@ class WeightSync:
         plans = [plan_transfer(source, layout) for layout in destination]
         transport = make_transport(self._config)
         await asyncio.gather(
-            self._trainer.scatter("connect", [(own, transport) for own in slots], deadline_s=self._deadline_s),
-            self._rollout.scatter("connect", [(slots, plan, transport) for plan in plans], deadline_s=self._deadline_s),
+            self._trainer.scatter("connect", [(own, transport) for own in slots], deadline_s=deadline_s),
+            self._rollout.scatter("connect", [(slots, plan, transport) for plan in plans], deadline_s=deadline_s),
         )
 
     async def refit(self, version: int) -> RefitReport:

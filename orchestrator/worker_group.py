@@ -87,12 +87,13 @@ class WorkerGroup(Generic[W]):
         _, late = await asyncio.wait(pending.values(), timeout=deadline_s, return_when=asyncio.FIRST_EXCEPTION)
         failed = [rank for rank, future in pending.items() if future.done() and future.exception() is not None]
         if failed:
-            # The others' errors follow from the first ones'; they are waited for and retrieved, not reported.
+            # A peer may notice a death before Ray does: wait for all, then blame the dead before those who complain.
             await asyncio.wait(pending.values(), timeout=PEER_GRACE_S)
-            for future in pending.values():
-                _ = future.exception() if future.done() else future.cancel()
-            causes = [f"{self.role}/{rank} failed in {method}: {_cause(pending[rank].exception())}" for rank in failed]
-            raise WorkerFailed("; ".join(causes)) from pending[failed[0]].exception()
+            errors = {r: future.exception() for r, future in pending.items() if future.done() or not future.cancel()}
+            dead = [rank for rank, error in errors.items() if isinstance(error, ray.exceptions.RayActorError)]
+            failed = dead or failed
+            causes = [f"{self.role}/{rank} failed in {method}: {_cause(errors[rank])}" for rank in failed]
+            raise WorkerFailed("; ".join(causes)) from errors[failed[0]]
         if late:
             names = ", ".join(f"{self.role}/{rank}" for rank, future in pending.items() if not future.done())
             for future in late:

@@ -277,7 +277,12 @@ def check_files(config: DataConfig, model_path: str | None, num_held_out: int) -
 
 def _check_lengths(rows: Sequence[Row], tokenizer_file: pathlib.Path, limit: int) -> None:
     """Chat messages are left to `tokenize`, which renders them."""
-    tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    except Exception as error:  # the library raises nothing narrower
+        raise ConfigurationError(f"model.path: {tokenizer_file} is not a tokenizer: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     texts = [row for row in rows if isinstance(row.prompt, str)]
     for row, encoding in zip(texts, tokenizer.encode_batch([str(row.prompt) for row in texts]), strict=True):
         if len(encoding.ids) > limit:

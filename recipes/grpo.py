@@ -103,7 +103,7 @@ async def launch(config: Config, orchestrator: "Orchestrator") -> "Task":
     """Start every worker, warm up the policy if the task needs it, and serve it: version 1 is on every engine."""
     from recipes.task import check_context, load_task
 
-    task = load_task(config, config.eval.num_prompts, config.warm_start)
+    task = await asyncio.to_thread(load_task, config, config.eval.num_prompts, config.warm_start)
     check_context(config.model, task.policy.folder, task.longest_prompt + config.rollout.max_tokens)
     for note in task.notes:
         orchestrator.log.note(note)

@@ -75,5 +75,5 @@ class NegativeLogLikelihood:
 
 def k3_divergence(logprobs_N: "torch.Tensor", reference_N: "torch.Tensor") -> "torch.Tensor":
     """Per-token estimate of KL(policy, reference): exp(d) - d - 1 with d = reference - policy; never negative."""
-    difference_N = reference_N - logprobs_N
+    difference_N = (reference_N - logprobs_N).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return difference_N.exp() - difference_N - 1

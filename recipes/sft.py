@@ -4,6 +4,7 @@ Without arguments it teaches the built-in model a mixture of four skills, of whi
 GRPO recipe's warm start calls the same functions.
 """
 
+import asyncio
 import sys
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ async def train(config: Config, orchestrator: "Orchestrator") -> None:
     """One pass of supervised steps over the demonstrations, saved as it goes."""
     from recipes.task import load_task
 
-    task = load_task(config, num_held_out=0, warm_start=WarmStartConfig(steps=0))
+    task = await asyncio.to_thread(load_task, config, num_held_out=0, warm_start=WarmStartConfig(steps=0))
     for note in task.notes:
         orchestrator.log.note(note)
     await orchestrator.launch_trainer(task.policy, temperature=1.0)

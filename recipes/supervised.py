@@ -15,6 +15,7 @@ async def fit(orchestrator: "Orchestrator", task: "Task", trainer: TrainerConfig
     await orchestrator.configure_optimizer(trainer, config.steps)
     orchestrator.log.phase(f"supervised warm start, {config.steps} steps")
     for step in range(config.steps):
+        orchestrator.check_stop()
         metrics = await fit_step(orchestrator, task, step, config.batch_size)
         orchestrator.log.warm_start(step + 1, config.steps, metrics["loss"])
 

@@ -7,6 +7,7 @@ before any worker starts, so a bad row stops the run before a model is loaded.
 import hashlib
 import pathlib
 import shutil
+import tempfile
 from typing import TYPE_CHECKING, Any, Protocol
 
 from configs.load import ConfigurationError
@@ -64,9 +65,10 @@ class FileTask:
     def __init__(self, config: RecipeConfig, num_held_out: int) -> None:
         data = config.data
         assert data.path is not None and config.model.path is not None
-        self.policy = PolicySource(config.model.path)
-        self.tokenizer_folder = config.model.path
-        self._tokenizer = load_tokenizer(config.model.path, config.model.revision, config.model.trust_remote_code)
+        folder = local_folder(config.model)
+        self.policy = PolicySource(folder)
+        self.tokenizer_folder = folder
+        self._tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
         rows = load_rows(data.path, data.prompt_column, data.answer_column)
         if data.eval_path is not None:
             held_out = load_rows(data.eval_path, data.prompt_column, data.answer_column)[:num_held_out]
@@ -79,7 +81,8 @@ class FileTask:
         self.notes = [f"{count} {longer} were {what}" for what, count in counts.items() if count > 0]
         self.held_out: list[Prompt] = []
         if held_out:
-            self.held_out, _ = tokenize(held_out, self._tokenizer, data.max_prompt_tokens, data.long_prompts)
+            self.held_out, counts = tokenize(held_out, self._tokenizer, data.max_prompt_tokens, data.long_prompts)
+            self.notes += [f"{count} held-out {longer} were {what}" for what, count in counts.items() if count > 0]
         self.longest_prompt = max(len(prompt.tokens) for prompt in prompts + self.held_out)
         self._dataset = Dataset(prompts, config.seed, data.shuffle)
 
@@ -101,7 +104,9 @@ class SortTask:
 
     def __init__(self, config: RecipeConfig, num_held_out: int, warm_start: WarmStartConfig) -> None:
         self._seed, self._warm_start, self._trainer = config.seed, warm_start, config.trainer
-        settings = f"{CACHE_FORMAT} {config.seed} {warm_start!r} {config.model!r} {config.trainer!r}"
+        trainer = config.trainer
+        learns_by = (trainer.betas, trainer.adam_epsilon, trainer.weight_decay, trainer.max_grad_norm)
+        settings = f"{CACHE_FORMAT} {config.seed} {warm_start!r} {config.model!r} {learns_by}"
         name = "sort-" + hashlib.sha256(settings.encode()).hexdigest()[:16]
         self._cache = pathlib.Path(config.output_dir).resolve() / ".cache" / name
         self.tokenizer_folder = str(self._cache / "initial")
@@ -110,7 +115,7 @@ class SortTask:
         self._kept = PolicySource(str(self._cache / "warm" / "policy"))
         is_kept = (self._cache / "warm").is_dir()
         self.policy = self._kept if is_kept else PolicySource(self.tokenizer_folder, pretrained=False)
-        self._tokenizer = load_tokenizer(self.tokenizer_folder, None, False)
+        self._tokenizer = load_tokenizer(self.tokenizer_folder, False)
         self.notes: list[str] = []
         prompts = self._tokenize(sort_task.prompts(config.seed, NUM_SORT_PROMPTS, held_out=False))
         self._dataset = Dataset(prompts, config.seed, config.data.shuffle)
@@ -137,11 +142,16 @@ class SortTask:
             update={"learning_rate": self._warm_start.learning_rate, "schedule": "constant", "warmup_steps": 0}
         )
         await fit(orchestrator, self, config, self._warm_start)
-        temporary = self._cache / "warm-being-written"
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix="being-written-", dir=self._cache))
         await orchestrator.save_policy(temporary, self.tokenizer_folder)
-        temporary.rename(self._cache / "warm")
+        self._keep(temporary)
         return self._kept
+
+    def _keep(self, folder: pathlib.Path) -> None:
+        try:
+            folder.rename(self._cache / "warm")
+        except OSError:  # another run of the same configuration was first
+            shutil.rmtree(folder)
 
     def _tokenize(self, pairs: list[tuple[str, str]]) -> list[Prompt]:
         rows = self._tokenizer([prompt for prompt, _ in pairs])["input_ids"] if pairs else []
@@ -157,33 +167,55 @@ def demonstration(prompt: Prompt, answer: str, tokenizer: "PreTrainedTokenizerBa
     return TrajectoryGroup(prompt, [Trajectory(Completion(tokens, [0.0] * len(tokens), "stop", -1), reward=0.0)])
 
 
-def load_tokenizer(folder: str, revision: str | None, trust_remote_code: bool) -> Any:
+def local_folder(model: ModelConfig) -> str:
+    """The model's folder; a hub id is downloaded, its revision pinned, so that every worker reads the same files.
+
+    Raises:
+        ConfigurationError: the hub has no such model, or cannot be reached.
+    """
+    assert model.path is not None
+    if pathlib.Path(model.path).is_dir():
+        return model.path
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return huggingface_hub.snapshot_download(model.path, revision=model.revision)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigurationError(
+            f"model.path: {model.path} is no folder here and could not be had from the hub: {one_line(error)}"
+        ) from error
+
+
+def load_tokenizer(folder: str, trust_remote_code: bool) -> Any:
     """The model's tokenizer.
 
     Raises:
-        ConfigurationError: the folder or hub id has none, or cannot be reached.
+        ConfigurationError: the folder has none that loads, or it has no end-of-sequence token.
     """
     from transformers import AutoTokenizer
 
-    settings: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if revision is not None:
-        settings["revision"] = revision
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"model.path: no tokenizer could be loaded from {folder}: {error}") from error
+        raise ConfigurationError(f"model.path: no tokenizer loads from {folder}: {one_line(error)}") from error
     if tokenizer.eos_token_id is None:
-        raise ConfigurationError(
-            f"model.path: the tokenizer of {folder} has no eos_token; add it to tokenizer_config.json"
-        )
+        raise ConfigurationError(f"model.path: the tokenizer of {folder} has no eos_token: set it in its config")
     return tokenizer
+
+
+def one_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def check_context(model: ModelConfig, folder: str, longest: int) -> None:
     """Raises ConfigurationError if the longest prompt and completion together exceed the model's context."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"model.path: {folder}/config.json cannot be used: {one_line(error)}") from error
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise ConfigurationError(

@@ -15,6 +15,7 @@ A step of 2 prompts with 2 completions each becomes 2 TrajectoryGroups:
 Shape suffixes: _T positions of a row, _R rows, _N predicted tokens of a microbatch.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,7 +109,8 @@ class Metrics:
         self.weights[name] = self.weights.get(name, 0.0) + weight
 
     def maximum(self, name: str, value: float) -> None:
-        self.maxima[name] = max(self.maxima.get(name, value), value)
+        known = self.maxima.get(name, value)
+        self.maxima[name] = known if known >= value or math.isnan(known) else value  # a NaN stays
 
     def merge(self, other: "Metrics") -> None:
         for name, total in other.sums.items():

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json", "vocab.txt", "spiece.model",
 )  # fmt: skip
 
 

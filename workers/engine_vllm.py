@@ -33,6 +33,7 @@ from transport.types import Completion
 from workers.engine import SamplingSpec
 
 KV_BLOCK_TOKENS = 16
+CPU_BLOCK_TOKENS = 128
 
 
 class VllmEngine:
@@ -59,7 +60,7 @@ class VllmEngine:
             max_model_len=max_model_len,
             max_num_seqs=config.max_num_seqs,
             gpu_memory_utilization=config.gpu_memory_utilization,
-            kv_cache_memory_bytes=config.kv_cache_bytes,
+            kv_cache_memory_bytes=config.kv_cache_bytes or default_kv_cache_bytes(folder, config, max_model_len),
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
             # A shorter prompt fills no block that another request could share; looking costs a tenth of a decode step.
@@ -118,6 +119,19 @@ class VllmEngine:
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
+
+
+def default_kv_cache_bytes(folder: str, config: RolloutConfig, max_model_len: int) -> int:
+    """Room for `max_num_seqs` sequences of full length and as much again, at most 4 GiB, but for one at the least."""
+    from transformers import AutoConfig
+
+    model = AutoConfig.from_pretrained(folder).get_text_config()
+    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+    head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    token_bytes = 2 * model.num_hidden_layers * heads * head_dim * getattr(torch, config.dtype).itemsize
+    # vLLM counts whole blocks, and keeps one for itself.
+    sequence_bytes = token_bytes * (max_model_len + 2 * CPU_BLOCK_TOKENS)
+    return max(min(2 * config.max_num_seqs * sequence_bytes, 4 << 30), 2 * sequence_bytes)
 
 
 def stop_token_ids(hf_config: Any, folder: str) -> list[int]:

@@ -150,8 +150,18 @@ class TrainWorker(PolicyWorker):
             metrics.maximum("logprob_diff/max", differences.max().item())
 
     def optim_step(self) -> Metrics:
-        """Clip, step and clear the gradients."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self._config.max_grad_norm, foreach=True)
+        """Clip, step and clear the gradients.
+
+        Raises:
+            FloatingPointError: the gradient is not finite, on every rank alike; no weight was changed.
+        """
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        norm_value = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        if not math.isfinite(norm_value):
+            raise FloatingPointError(
+                f"the gradient's norm is {norm_value} at optimiser step {self._optim_steps + 1}; no weight was changed"
+            )
+        torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self._config.max_grad_norm, norm)
         rate = learning_rate(self._config, self._optim_steps, self._total_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -160,7 +170,7 @@ class TrainWorker(PolicyWorker):
         self._optim_steps += 1
         self._dirty = True
         metrics = Metrics()
-        metrics.maximum("grad_norm", (norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
+        metrics.maximum("grad_norm", norm_value)
         metrics.maximum("learning_rate", rate)
         return metrics
 
@@ -210,6 +220,9 @@ class TrainWorker(PolicyWorker):
         """Read the optimiser's state that `save` wrote; the weights come from `folder`/policy at setup."""
         load_optimizer(self.policy, self._optimizer, folder)
         self._optim_steps = optim_steps
+        config = self._config  # the run's present keys, not those it was saved with
+        for group in self._optimizer.param_groups:
+            group |= {"betas": config.betas, "eps": config.adam_epsilon, "weight_decay": config.weight_decay}
 
     def close(self) -> None:
         if self._publisher is not None:

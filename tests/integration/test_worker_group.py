@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from configs.load import ConfigurationError
 from orchestrator.errors import DeadlineExceeded, PlacementFailed, WorkerFailed
 from orchestrator.placement import actor_options, choose_device, place
 from orchestrator.worker_group import WorkerGroup
@@ -88,5 +89,6 @@ async def test_a_constructor_that_fails_is_named_with_its_error(cluster: None) -
 async def test_what_does_not_fit_the_cluster_is_refused_at_the_deadline(cluster: None) -> None:
     with pytest.raises(PlacementFailed, match=r"train: 500 bundles of .* were not free within 1 s"):
         await place("train", 500, 0.0, 1)
-    with pytest.raises(PlacementFailed, match=r"cluster.device=cuda needs 4 GPUs, the cluster has 0"):
+    with pytest.raises(ConfigurationError, match=r"cluster.device=cuda: 4 GPUs are needed, the cluster has 0"):
         choose_device("cuda", 4)
+    assert choose_device("auto", 4) == "cpu"

@@ -131,10 +131,26 @@ def test_too_little_memory_is_named_with_the_fix_unless_the_run_joins_a_cluster(
     monkeypatch.setattr(module, "MEMORY_BYTES", 1 << 60)
     (line,) = problems(config(tmp_path))
     assert line.endswith(f"GiB of memory are free, {1 << 30} are needed: close other programs")
-    monkeypatch.setenv("RAY_ADDRESS", "ray-head:6379")
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
     preflight(config(tmp_path))
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: pathlib.Path):
     with pytest.raises(ConfigurationError, match="pip install trackio"):
         preflight(config(tmp_path, logging={"trackio_project": "rayfit"}))
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", "RAY_ADDRESS=127.0.0.1:1: nothing answers there"),
+        ("ray://head:10001", "give host:port of the head node's GCS"),
+        ("", "give host:port"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_named_before_ray_tries(
+    address: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
+        preflight(Config(output_dir=str(tmp_path)))

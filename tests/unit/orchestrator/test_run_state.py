@@ -1,19 +1,28 @@
 import pathlib
 
+import pytest
+
+from configs.load import ConfigurationError
+from configs.schema import DataConfig, ModelConfig
 from orchestrator.run_state import (
     RunState,
+    check_identity,
     checkpoint_folder,
     finish_checkpoint,
+    identity_of,
     newest_checkpoint,
     temporary_folder,
 )
+from recipes import grpo, sft
+
+IDENTITY = identity_of("recipes.grpo", grpo.Config())
 
 
 def save(run_dir: pathlib.Path, step: int, keep: int = 2, weights: str = "weights") -> None:
     temporary = temporary_folder(run_dir, step)
     (temporary / "policy").mkdir()
     (temporary / "policy" / "model.safetensors").write_text(weights)
-    finish_checkpoint(run_dir, temporary, RunState(step, 2 * step, step + 1, 50), keep)
+    finish_checkpoint(run_dir, temporary, RunState(step, 2 * step, step + 1, IDENTITY), keep)
 
 
 def names(run_dir: pathlib.Path) -> list[str]:
@@ -29,7 +38,7 @@ def test_the_newest_checkpoint_is_found_with_its_state_and_policy(tmp_path: path
         save(tmp_path, step, weights=f"of {step}")
     found = newest_checkpoint(tmp_path)
     assert found is not None
-    assert found.state == RunState(step=10, optim_steps=20, weight_version=11, num_steps=50)
+    assert found.state == RunState(step=10, optim_steps=20, weight_version=11, identity=IDENTITY)
     assert found.folder == checkpoint_folder(tmp_path, 10)
     assert (pathlib.Path(found.policy) / "model.safetensors").read_text() == "of 10"
 
@@ -86,3 +95,24 @@ def test_a_folder_without_a_state_does_not_push_out_a_whole_checkpoint(tmp_path:
     found = newest_checkpoint(tmp_path)
     assert found is not None
     assert found.state.step == 5
+
+
+def test_a_run_of_another_recipe_model_or_data_is_not_resumed(tmp_path: pathlib.Path):
+    save(tmp_path, 4)
+    checkpoint = newest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    check_identity(checkpoint, identity_of("recipes.grpo", grpo.Config(steps=900, eval={"every": 1})))
+    with pytest.raises(ConfigurationError, match=r"recipe is 'recipes.sft', was 'recipes.grpo'.*another run_name"):
+        check_identity(checkpoint, identity_of("recipes.sft", sft.Config()))
+    other = grpo.Config(model=ModelConfig(path="other"), data=DataConfig(path="rows.jsonl"))
+    with pytest.raises(ConfigurationError, match=r"model is .*'other'.*data is .*'rows.jsonl'"):
+        check_identity(checkpoint, identity_of("recipes.grpo", other))
+    with pytest.raises(ConfigurationError, match="prompts_per_step is 8, was 64"):
+        check_identity(checkpoint, identity_of("recipes.grpo", grpo.Config(algorithm={"prompts_per_step": 8})))
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_name(tmp_path: pathlib.Path):
+    save(tmp_path, 4)
+    (checkpoint_folder(tmp_path, 4) / "state.json").write_text('{"step": 4, "epoch": 1}')
+    with pytest.raises(ConfigurationError, match=r"state.json is of another version"):
+        newest_checkpoint(tmp_path)
