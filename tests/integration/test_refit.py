@@ -19,8 +19,9 @@ PROMPTS = [Prompt(row, tokens, "", "") for row, tokens in enumerate([[3, 4, 5, 2
 SAMPLING = SamplingSpec(n=4, max_tokens=8)
 
 
-@pytest.mark.parametrize("transport", ["nixl"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "transport"), [*((family, "nixl") for family in FAMILIES), ("qwen3_tied", "object_store")]
+)
 async def test_an_updated_engine_agrees_with_the_trainer_and_equals_a_fresh_engine(
     cluster: None, model_folders: dict[str, pathlib.Path], tmp_path: pathlib.Path, family: str, transport: str
 ) -> None:
