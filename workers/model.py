@@ -105,5 +105,6 @@ def _check_attention(model: PreTrainedModel) -> None:
             f"{name}: sliding-window attention is not supported by the trainer; if your sequences are shorter than the "
             f"window of {window}, set sliding_window to null in the model's config.json"
         )
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise ValueError(f"{name}: attn_logit_softcapping is not supported by the trainer")
+    for setting in ("attn_logit_softcapping", "kv_lora_rank"):  # the second: an engine keeps weights derived from it
+        if getattr(config, setting, None) is not None:
+            raise ValueError(f"{name}: {setting} is not supported")

@@ -54,7 +54,7 @@ def test_a_stopped_run_resumes_at_the_next_step_and_samples_what_it_would_have(
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 128 + signal.SIGTERM, errors
-    assert f"python -m recipes.grpo model.path={model_folders['qwen3_tied']}" in errors
+    assert f" -m recipes.grpo model.path={model_folders['qwen3_tied']}" in errors
     assert errors.rstrip().endswith("run_name=stopped")
     assert 0 < len(metrics(tmp_path / "stopped")) < STEPS
 
