@@ -126,6 +126,8 @@ def _run(recipe: str, config: RecipeConfig, run_dir: pathlib.Path, arguments: Se
             failure = f"error: the recipe ended at step {next_step} of {config.steps}"
     except Stopped as stopped:
         code, failure = stopped.exit_code, f"stopped by {stopped}"
+    except KeyboardInterrupt:  # before Ray was up and the signals ours
+        code, failure = 128 + signal.SIGINT, "stopped by SIGINT"
     except ConfigurationError as error:
         code, failure = 2, f"error: {error}"
     except RunFailed as error:

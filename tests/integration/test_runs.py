@@ -37,6 +37,7 @@ def metrics(run_dir: pathlib.Path) -> list[dict]:
     return [row for row in map(json.loads, lines) if row["step"] > 0]
 
 
+@pytest.mark.timeout(900)
 def test_a_stopped_run_resumes_at_the_next_step_and_samples_what_it_would_have(
     model_folders: dict[str, pathlib.Path], data: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
