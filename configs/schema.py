@@ -114,10 +114,12 @@ class RolloutConfig(Section):
 
 
 class TransportConfig(Section):
-    type: Literal["nixl", "object_store"] = "nixl"
-    """How weights reach the engines: Ray Direct Transport over NIXL, or Ray's object store (slow and obvious)."""
-    verify: Literal["always", "off"] = "always"
-    """Compare a digest of every rank's bytes where they were written with one where they have landed."""
+    type: Literal["auto", "shared_memory", "nixl", "object_store"] = "auto"
+    """How weights reach the engines: memory that both map (one host, CPU), Ray Direct Transport over NIXL (across
+    hosts, CUDA), Ray's object store (slow and obvious); auto takes the fastest that reaches each engine."""
+    verify: Literal["always", "first", "off"] = "always"
+    """Compare a digest of every tensor where it was written with one where it has landed: on every refit, on an
+    engine's first, or never."""
 
 
 class WarmStartConfig(Section):

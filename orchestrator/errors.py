@@ -17,5 +17,9 @@ class PlacementFailed(RayfitError):  # noqa: N818
     """The cluster lacks the resources that the configuration asks for."""
 
 
+class RefitFailed(RayfitError):  # noqa: N818
+    """No engine could be brought to a weight version."""
+
+
 class RunStopped(Exception):  # noqa: N818
     """A signal ended the run before its first step; not a failure."""

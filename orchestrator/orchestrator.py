@@ -131,7 +131,9 @@ class Orchestrator:
         placement = await place("rollout", config.num_workers, self._gpus_per_worker, deadline_s)
         options = actor_options(self._gpus_per_worker, max_concurrency=4, enable_tensor_transport=True)
         self.rollouts = self.launch("rollout", RolloutWorker, placement, options, (engine,))
-        self._weight_sync = WeightSync(self.trainer, self.rollouts, transport, self.config.deadline.refit_s)
+        self._weight_sync = WeightSync(
+            self.trainer, self.rollouts, transport, self.config.deadline.refit_s, 1, self.log.note
+        )
         await self._weight_sync.connect(deadline_s)
 
     async def launch_environments(self, config: EnvironmentConfig, reward: str, tokenizer_folder: str) -> None:

@@ -5,7 +5,7 @@ than its deadline. The group is the only place that talks to actors, and the sou
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import ray
@@ -30,6 +30,7 @@ class WorkerGroup(Generic[W]):
     def __init__(self, role: str, actors: list[Any], placement: PlacementGroup, observe: Observer) -> None:
         self.role = role
         self._actors, self._placement, self._observe = actors, placement, observe
+        self._late: dict[int, list[asyncio.Future[Timed]]] = {}
 
     def __len__(self) -> int:
         return len(self._actors)
@@ -63,13 +64,24 @@ class WorkerGroup(Generic[W]):
 
     async def call_rank(self, rank: int, method: str, *arguments: Any, deadline_s: float) -> Any:
         """Call one rank; errors as in `call`."""
-        return (await self._wait({rank: self._submit(rank, method, arguments)}, method, deadline_s))[rank]
+        return (await self.scatter_some(method, {rank: arguments}, deadline_s=deadline_s))[rank]
+
+    async def scatter_some(
+        self, method: str, per_rank: Mapping[int, Sequence[Any]], *, deadline_s: float
+    ) -> dict[int, Any]:
+        """Call some ranks, each with arguments of its own. Returns results by rank; errors as in `call`."""
+        pending = {rank: self._submit(rank, method, arguments) for rank, arguments in per_rank.items()}
+        return await self._wait(pending, method, deadline_s)
+
+    def is_late(self, rank: int) -> bool:
+        """Whether a rank still owes the answer to a call whose deadline has passed."""
+        self._late[rank] = [future for future in self._late.get(rank, []) if not future.done()]
+        return bool(self._late[rank])
 
     async def scatter(self, method: str, per_rank: Sequence[Sequence[Any]], *, deadline_s: float) -> list[Any]:
         """Call each rank with arguments of its own; errors as in `call`."""
         assert len(per_rank) == len(self), f"{len(per_rank)} argument lists for {len(self)} ranks of {self.role}"
-        pending = {rank: self._submit(rank, method, arguments) for rank, arguments in enumerate(per_rank)}
-        results = await self._wait(pending, method, deadline_s)
+        results = await self.scatter_some(method, dict(enumerate(per_rank)), deadline_s=deadline_s)
         return [results[rank] for rank in range(len(self))]
 
     def kill(self) -> None:
@@ -96,8 +108,9 @@ class WorkerGroup(Generic[W]):
             raise WorkerFailed("; ".join(causes)) from errors[failed[0]]
         if late:
             names = ", ".join(f"{self.role}/{rank}" for rank, future in pending.items() if not future.done())
-            for future in late:
-                future.cancel()
+            for rank, future in pending.items():
+                if future in late:
+                    self._late.setdefault(rank, []).append(future)
             raise DeadlineExceeded(f"{names} did not answer {method} within {deadline_s:.0f} s")
         results = {}
         for rank, future in pending.items():

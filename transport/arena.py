@@ -1,77 +1,135 @@
-"""One page-aligned, pre-faulted flat buffer that holds a rank's shards back to back.
+"""Flat buffers that weights travel in, and where each piece of a tensor lies in them.
 
-Both sides build it from the same list of slots, so a position needs no message. The bytes of a rank's shards, already
-in the engine's dtype, are one contiguous run: one transfer, whatever the number of tensors. Held for the life of a
-worker: page faults on fresh buffers cost more than the transfer itself.
+A Region is what one train rank sends to one destination: its pieces, and a receipt of their digests behind them. It is
+arranged in one of two ways. `run`: back to back in plan order, one contiguous stretch for one transfer, whatever the
+number of tensors. `image`: each piece where the engine wants it, so that a parameter can be turned to the buffer; the
+train ranks of a host write their own pieces into one image side by side.
+
+Buffers live as long as the worker that made them: page faults on fresh ones cost more than the transfer itself.
 """
 
 import math
 import mmap
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from transport.layout import Layout
-from transport.plan import PlanError
+from transport.plan import Copy
 
 ALIGNMENT_BYTES = 64
+RECEIPT_HEADER_BYTES = 16
+DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
-    """A shard's place in the arena: `shape` elements of `dtype` from byte `offset` on."""
+class Piece:
+    """A copy's elements in a buffer: from byte `offset` of it on, `strides` elements apart in each dimension."""
 
-    storage: str
-    shape: tuple[int, ...]
-    dtype: str
+    copy: Copy
     offset: int
+    strides: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
+        return math.prod(self.copy.shape) * itemsize(self.copy.dtype)
+
+    def view(self, flat: torch.Tensor) -> torch.Tensor:
+        """This piece of the buffer `flat` (uint8), as a tensor of its own shape and dtype."""
+        dtype = getattr(torch, self.copy.dtype)
+        aligned = flat[: flat.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+        first = aligned.storage_offset() + self.offset // dtype.itemsize
+        return aligned.as_strided(self.copy.shape, self.strides, first)
 
 
-def slots_for(source: Layout, destination: Layout) -> list[list[Slot]]:
-    """Each source rank's slots, in the dtype in which the destination wants each tensor. Indexed by rank.
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One train rank's pieces for one destination, in a buffer of `num_bytes`; their receipt is at `receipt_offset`."""
 
-    Raises:
-        PlanError: engine parameters made of one trainer tensor differ in dtype.
-    """
-    dtypes: dict[str, str] = {}
-    for wanted in destination:
-        dtype = destination.dtypes[wanted.storage]
-        if dtypes.setdefault(wanted.tensor, dtype) != dtype:
-            raise PlanError(f"{wanted.tensor}: the engine wants it as {dtypes[wanted.tensor]} and as {dtype}")
-    num_ranks = 1 + max(shard.rank for shard in source)
-    slots: list[list[Slot]] = [[] for _ in range(num_ranks)]
-    ends = [0] * num_ranks
-    for shard in source:
-        if shard.tensor not in dtypes:
-            raise PlanError(f"{shard.tensor}: the engine has no such tensor, so a refit would lose it")
-        slot = Slot(shard.storage, shard.box.shape, dtypes[shard.tensor], ends[shard.rank])
-        slots[shard.rank].append(slot)
-        ends[shard.rank] += -(-slot.num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    return slots
+    source_rank: int
+    pieces: list[Piece]
+    receipt_offset: int
+    num_bytes: int
+
+    @property
+    def payload_bytes(self) -> int:
+        return sum(piece.num_bytes for piece in self.pieces)
 
 
-class Arena:
-    """The buffer `flat` (uint8) and a typed view of it per storage, in `views`."""
+def itemsize(dtype: str) -> int:
+    return int(getattr(torch, dtype).itemsize)
 
-    def __init__(self, slots: list[Slot], device: torch.device) -> None:
-        num_bytes = max((slot.offset + slot.num_bytes for slot in slots), default=0)
-        num_bytes = max(-(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE, mmap.PAGESIZE)
-        if device.type == "cpu":
-            pages = mmap.mmap(-1, num_bytes)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                pages.madvise(mmap.MADV_HUGEPAGE)
-            self.flat = torch.frombuffer(pages, dtype=torch.uint8)
-            self.flat.zero_()
-        else:
-            self.flat = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        self.num_bytes = sum(slot.num_bytes for slot in slots)
-        self.views = {
-            slot.storage: self.flat[slot.offset : slot.offset + slot.num_bytes]
-            .view(getattr(torch, slot.dtype))
-            .view(slot.shape)
-            for slot in slots
-        }
+
+def aligned(num_bytes: int, alignment: int = ALIGNMENT_BYTES) -> int:
+    return -(-num_bytes // alignment) * alignment
+
+
+def receipt_bytes(num_pieces: int) -> int:
+    return aligned(RECEIPT_HEADER_BYTES + num_pieces * DIGEST_BYTES)
+
+
+def run(source_rank: int, copies: Iterable[Copy]) -> Region:
+    """The copies of one source and one destination, back to back."""
+    pieces, end = [], 0
+    for copy in copies:
+        pieces.append(Piece(copy, end, contiguous_strides(copy.shape)))
+        end += aligned(pieces[-1].num_bytes)
+    return Region(source_rank, pieces, end, end + receipt_bytes(len(pieces)))
+
+
+def image_offsets(parameters: Mapping[str, tuple[tuple[int, ...], str]]) -> tuple[dict[str, int], int]:
+    """Byte offset of each engine parameter (shape, dtype) in an image of all of them, and the end of the last."""
+    offsets, end = {}, 0
+    for name, (shape, dtype) in parameters.items():
+        offsets[name] = end
+        end += aligned(math.prod(shape) * itemsize(dtype))
+    return offsets, end
+
+
+def image(
+    parameters: Mapping[str, tuple[tuple[int, ...], str]], copies: Mapping[int, Iterable[Copy]]
+) -> dict[int, Region]:
+    """A region per source rank, all in one buffer: the engine's parameters, then every rank's receipt."""
+    offsets, end = image_offsets(parameters)
+    placed: dict[int, list[Piece]] = {}
+    for rank, own in copies.items():
+        placed[rank] = []
+        for copy in own:
+            strides = contiguous_strides(parameters[copy.destination_storage][0])
+            first = sum(start * stride for start, stride in zip(copy.destination_start, strides, strict=True))
+            offset = offsets[copy.destination_storage] + first * itemsize(copy.dtype)
+            placed[rank].append(Piece(copy, offset, strides))
+    receipts = {}
+    for rank, pieces in placed.items():
+        receipts[rank] = end
+        end += receipt_bytes(len(pieces))
+    return {rank: Region(rank, pieces, receipts[rank], end) for rank, pieces in placed.items()}
+
+
+def image_views(flat: torch.Tensor, parameters: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, torch.Tensor]:
+    """Each engine parameter in an image."""
+    offsets, _ = image_offsets(parameters)
+    views = {}
+    for name, (shape, dtype) in parameters.items():
+        num_bytes = math.prod(shape) * itemsize(dtype)
+        views[name] = flat[offsets[name] : offsets[name] + num_bytes].view(getattr(torch, dtype)).view(shape)
+    return views
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= length
+    return tuple(reversed(strides))
+
+
+def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """A flat uint8 buffer of at least `num_bytes`: whole pages, already touched, in huge pages where there are some."""
+    num_bytes = max(aligned(num_bytes, mmap.PAGESIZE), mmap.PAGESIZE)
+    if device.type != "cpu":
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    pages = mmap.mmap(-1, num_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8).zero_()

@@ -1,15 +1,18 @@
 """Who holds which indices of which tensor: geometry without torch.
 
-A tensor is known by the trainer's name and its global shape. A Shard says that a rank holds a Box of it, at some place
-of a local tensor (its storage). The trainer's storage is its local shard; the engine's may be a slice of a fused
-parameter: with q of 128 and k of 64 rows, k_proj lives in qkv_proj from row 128 on:
+A tensor is known by the trainer's name and its global shape. A Placement says in which local tensor (its storage) a
+group of ranks keeps it, and a Shard which Box of it one rank has there. The trainer's storage is its local shard; the
+engine's may be a slice of a fused parameter: with q of 128 and k of 64 rows, k_proj lives in qkv_proj from row 128 on:
 
-    Shard(tensor="model.layers.0.self_attn.k_proj.weight", box=Box((0, 0), (64, 128)), rank=0,
-          storage="model.layers.0.self_attn.qkv_proj.weight", offset=(128, 0))
+    Placement(tensor="model.layers.0.self_attn.k_proj.weight", shape=(64, 128),
+              storage="model.layers.0.self_attn.qkv_proj.weight", dtype="bfloat16",
+              shards=(Shard(rank=0, box=Box((0, 0), (64, 128)), offset=(128, 0)),))
+
+Tensors of equal geometry share one `shards` tuple: a plan of 36,945 tensors works on a few dozen distinct ones.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -48,34 +51,58 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """`rank` holds `box` of `tensor` in its local tensor `storage`, from index `offset` on."""
+    """`rank` holds `box` of a tensor in its storage, from index `offset` on."""
 
-    tensor: str
-    box: Box
     rank: int
-    storage: str
+    box: Box
     offset: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """What one group of ranks holds: each tensor's global shape, and the shards of it."""
+class Placement:
+    """Where a group of ranks keeps a tensor of global `shape`: in the local tensor `storage` of each.
 
-    shapes: dict[str, tuple[int, ...]]
-    shards: list[Shard]
-    dtypes: dict[str, str]
-    """Dtype of each storage, as torch names it: "float32"."""
+    `dtype` is that of the storage, as torch names it: "float32".
+    """
 
-    def __iter__(self) -> Iterator[Shard]:
-        return iter(self.shards)
+    tensor: str
+    shape: tuple[int, ...]
+    storage: str
+    dtype: str
+    shards: tuple[Shard, ...]
 
 
-def merge(layouts: list[Layout]) -> Layout:
-    """The layout of a group from those of its ranks, which must agree on every global shape."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, str] = {}
+Layout = list[Placement]
+"""What one rank or a group of ranks holds; a tensor with two storages (a head that an engine owns) comes twice."""
+
+
+def merge(layouts: Iterable[Layout]) -> Layout:
+    """The layout of a group from those of its ranks, in the order of the first rank that holds each tensor.
+
+    Raises:
+        AssertionError: ranks disagree on a tensor's global shape or dtype.
+    """
+    grouped: dict[tuple[str, str], list[Placement]] = {}
     for layout in layouts:
-        for name, shape in layout.shapes.items():
-            assert shapes.setdefault(name, shape) == shape, f"{name}: {shapes[name]} on one rank, {shape} on another"
-        dtypes |= layout.dtypes
-    return Layout(shapes, [shard for layout in layouts for shard in layout], dtypes)
+        for placement in layout:
+            grouped.setdefault((placement.tensor, placement.storage), []).append(placement)
+    shared: dict[tuple[int, ...], tuple[Shard, ...]] = {}
+    merged = []
+    for (tensor, storage), placements in grouped.items():
+        first = placements[0]
+        for other in placements:
+            assert (other.shape, other.dtype) == (first.shape, first.dtype), (
+                f"{tensor}: {first.shape} {first.dtype} on one rank, {other.shape} {other.dtype} on another"
+            )
+        key = tuple(id(placement.shards) for placement in placements)
+        shards = shared.get(key)
+        if shards is None:
+            shards = shared[key] = tuple(shard for placement in placements for shard in placement.shards)
+        merged.append(Placement(tensor, first.shape, storage, first.dtype, shards))
+    return merged
+
+
+def share(layout: Layout) -> Layout:
+    """The same layout, equal `shards` being one object, as `merge` and `plan_transfer` like them."""
+    known: dict[tuple[Shard, ...], tuple[Shard, ...]] = {}
+    return [Placement(p.tensor, p.shape, p.storage, p.dtype, known.setdefault(p.shards, p.shards)) for p in layout]

@@ -5,8 +5,9 @@ module deeper, pads the vocabulary, and may own a tied head as a tensor of its o
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
-from transport.layout import Box, Layout, Shard
+from transport.layout import Box, Layout, Placement, Shard
 from transport.plan import PlanError
 
 EXPERTS = {".mlp.experts.routed_experts.w13_weight": ".mlp.experts.gate_up_proj",
@@ -14,37 +15,55 @@ EXPERTS = {".mlp.experts.routed_experts.w13_weight": ".mlp.experts.gate_up_proj"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A rank's share of one tensor: `length` indices of `dimension` from `start` on."""
+
+    dimension: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParameter:
+    """A parameter of one engine rank. `cuts` has one Cut for each tensor that it is made of; empty: they are whole."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    cuts: tuple[Cut, ...] = ()
+
+
 def engine_layout(
-    parameters: Mapping[str, tuple[tuple[int, ...], str]],
+    parameters: Mapping[str, EngineParameter],
     packed: Mapping[str, list[str]],
     shapes: Mapping[str, tuple[int, ...]],
     rank: int = 0,
 ) -> Layout:
-    """The layout of an unsharded engine in the trainer's names.
+    """The layout of an engine rank in the trainer's names.
 
     Args:
-        parameters: engine parameter -> (shape, dtype).
+        parameters: the engine rank's parameters, in its order.
         packed: vLLM's `packed_modules_mapping`, such as {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}.
         shapes: trainer tensor -> global shape.
-        rank: the engine's rank.
+        rank: what the rank is called in the layout.
 
     Raises:
         PlanError: naming the engine parameter that no trainer tensor fills.
     """
-    shards = []
-    for storage, (shape, _) in parameters.items():
+    layout = []
+    for storage, parameter in parameters.items():
         row = 0
         for tensor in _parts(storage, packed, shapes):
             part = shapes[tensor]
-            if part[1:] != shape[1:]:
-                raise PlanError(f"{storage}: shape {shape} cannot hold {tensor} of shape {part}")
-            shards.append(Shard(tensor, Box((0,) * len(part), part), rank, storage, (row,) + (0,) * (len(part) - 1)))
+            if part[1:] != parameter.shape[1:]:
+                raise PlanError(f"{storage}: shape {parameter.shape} cannot hold {tensor} of shape {part}")
+            shard = Shard(rank, Box((0,) * len(part), part), (row,) + (0,) * (len(part) - 1))
+            layout.append(Placement(tensor, part, storage, parameter.dtype, (shard,)))
             row += part[0]
-        is_vocabulary = storage in (HEAD, EMBEDDING)
-        if row != shape[0] and not (is_vocabulary and row < shape[0]):
-            raise PlanError(f"{storage}: {shape[0]} rows in the engine, {row} in the trainer")
-    dtypes = {storage: dtype for storage, (_, dtype) in parameters.items()}
-    return Layout({shard.tensor: shapes[shard.tensor] for shard in shards}, shards, dtypes)
+        num_rows = parameter.shape[0]
+        if row != num_rows and not (storage in (HEAD, EMBEDDING) and row < num_rows):
+            raise PlanError(f"{storage}: {num_rows} rows in the engine, {row} in the trainer")
+    return layout
 
 
 def _parts(storage: str, packed: Mapping[str, list[str]], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:

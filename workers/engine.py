@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from transport.names import EngineParameter
 from transport.types import Completion
 
 
@@ -24,6 +25,8 @@ class Engine(Protocol):
     """Continuous batching in this process: requests are added, `step` decodes one token of every running one."""
 
     packed_modules_mapping: Mapping[str, list[str]]
+    turns: bool
+    """Whether `turn` works: False where something keeps the addresses of the parameters, such as a CUDA graph."""
 
     def add_request(self, request_id: str, prompt_token_ids: list[int], sampling: SamplingSpec) -> None: ...
 
@@ -36,7 +39,13 @@ class Engine(Protocol):
         """Make the sampling that follows a function of this seed and of the requests, in order."""
 
     def parameters(self) -> Mapping[str, torch.Tensor]:
-        """Where a refit writes: plain tensors, one per weight, the same ones for the life of the engine."""
+        """Where a refit writes: plain tensors, one per weight, as they are at present."""
+
+    def describe_parameters(self) -> dict[str, EngineParameter]:
+        """What each of them holds of the model, in the same order."""
+
+    def turn(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Serve from these tensors from now on, which may be read-only, and let go of the present ones."""
 
     def weights_written(self, weight_version: int) -> None:
         """The parameters hold a new version: rebuild what was derived from them, drop cached keys and values."""

@@ -29,6 +29,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from configs.schema import ModelConfig, RolloutConfig
+from transport.names import EngineParameter
 from transport.types import Completion
 from workers.engine import SamplingSpec
 
@@ -74,11 +75,8 @@ class VllmEngine:
         (self._model,) = self._engine.apply_model(lambda module: module)
         self._stop_token_ids = stop_token_ids(self._engine.vllm_config.model_config.hf_config, folder)
         self.packed_modules_mapping: Mapping[str, list[str]] = getattr(self._model, "packed_modules_mapping", {})
-        self._experts = [module for module in self._model.modules() if hasattr(module, PLAIN_EXPERTS)]
-        self._parameters = {name: parameter.data for name, parameter in self._model.named_parameters()}
-        for name, module in self._model.named_modules():
-            for kind, tensor in getattr(module, PLAIN_EXPERTS, {}).items():
-                self._parameters[f"{name}.{kind}"] = tensor
+        self._experts = {name: m for name, m in self._model.named_modules() if hasattr(m, PLAIN_EXPERTS)}
+        self.turns = current_platform.is_cpu()
 
     def add_request(self, request_id: str, prompt_token_ids: list[int], sampling: SamplingSpec) -> None:
         params = SamplingParams(
@@ -107,11 +105,31 @@ class VllmEngine:
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
-    def parameters(self) -> Mapping[str, torch.Tensor]:
-        return self._parameters
+    def parameters(self) -> dict[str, torch.Tensor]:
+        parameters = {name: parameter.data for name, parameter in self._model.named_parameters()}
+        for name, module in self._experts.items():
+            for kind, tensor in getattr(module, PLAIN_EXPERTS).items():
+                parameters[f"{name}.{kind}"] = tensor
+        return parameters
+
+    def describe_parameters(self) -> dict[str, EngineParameter]:
+        return {
+            name: EngineParameter(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in self.parameters().items()
+        }
+
+    def turn(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        for name, module in self._experts.items():
+            plain = getattr(module, PLAIN_EXPERTS)
+            for kind in plain:
+                plain[kind] = parameters[f"{name}.{kind}"]
+        for name, parameter in self._model.named_parameters():
+            module, _, kind = name.rpartition(".")
+            if module not in self._experts or kind not in getattr(self._experts[module], PLAIN_EXPERTS):
+                parameter.data = parameters[name]
 
     def weights_written(self, weight_version: int) -> None:
-        for module in self._experts:
+        for module in self._experts.values():
             _prepack_experts(module)
         self._core.pause_scheduler("keep", clear_cache=True)
         self._engine.set_weight_version(str(weight_version))

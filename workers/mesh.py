@@ -11,6 +11,11 @@ import ray
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from transport import layout
+from transport.plan import PlanError
 
 
 def open_rendezvous(world_size: int, timeout_s: float) -> tuple[dist.TCPStore, str]:
@@ -42,3 +47,36 @@ def join_mesh(
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return init_device_mesh(device, (world_size,), mesh_dim_names=("dp",))
+
+
+def placement_of(name: str, parameter: DTensor, rank: int) -> layout.Placement:
+    """Which box of a parameter's global shape this rank holds, as FSDP2, tensor and expert parallelism place it.
+
+    Mesh axes cut one after the other, from the left; FSDP over a tensor-parallel axis cuts what that axis left (torch
+    calls it a strided shard), so it comes after the axes to its right. Chunks are torch.chunk's: all of one size except
+    the last ones, which may be smaller or empty.
+
+    Raises:
+        PlanError: the parameter is kept in a way that is not a box, such as a partial sum.
+    """
+    mesh, shape = parameter.device_mesh, tuple(parameter.shape)
+    start, length = [0] * len(shape), list(shape)
+    placements = list(enumerate(parameter.placements))
+    strided = [entry for entry in placements if isinstance(entry[1], _StridedShard)]
+    for axis, placement in [entry for entry in placements if entry not in strided] + strided[::-1]:
+        if isinstance(placement, Replicate):
+            continue
+        if not isinstance(placement, Shard | _StridedShard):
+            raise PlanError(f"{name}: placement {placement} on mesh axis {axis} is not a shard: a refit needs boxes")
+        dimension = placement.dim
+        chunk = -(-length[dimension] // mesh.size(axis))
+        begin = min(mesh.get_local_rank(axis) * chunk, length[dimension])
+        start[dimension] += begin
+        length[dimension] = min(chunk, length[dimension] - begin)
+    box = layout.Box(tuple(start), tuple(length))
+    local = tuple(parameter.to_local().shape)
+    if box.size > 0 and local != box.shape:
+        raise PlanError(f"{name}: placements {parameter.placements} make a shard of {box.shape}, it is {local}")
+    shards = (layout.Shard(rank, box, (0,) * len(shape)),) if box.size > 0 else ()
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    return layout.Placement(name, shape, name, dtype, shards)

@@ -1,8 +1,8 @@
 """A rollout worker: an inference engine in a Ray actor, with one thread that owns it.
 
 The engine thread makes the engine and steps it while it has requests; every other method posts a command that the
-thread runs between two steps, and waits for its result. `stage` is the exception: it fills the receive arenas on the
-caller's thread while the engine goes on decoding.
+thread runs between two steps, and waits for its result. `stage` is the exception: it brings a version here on
+the caller's thread while the engine goes on decoding.
 
 Who waits: `collect` until enough requests have finished, `commit` and `submit` for at most one engine step. Who frees
 them: the engine thread; if it dies, every present and later caller gets its exception.
@@ -10,7 +10,6 @@ them: the engine thread; if it dies, every present and later caller gets its exc
 
 import queue
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,11 +18,14 @@ from typing import Any
 import torch
 
 from configs.schema import ModelConfig, RolloutConfig
-from transport.arena import Arena, Slot
-from transport.plan import Copy
-from transport.receipt import verify
+from transport.auto import Reach, Site, reach
+from transport.base import Offers
+from transport.names import EngineParameter
+from transport.packing import Packed
+from transport.receipt import VerificationError
 from transport.types import Completion
 from workers.engine import Engine, SamplingSpec
+from workers.weights import Inlet, Staged, WeightReceiver
 from workers.worker import Worker
 
 
@@ -37,12 +39,12 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Staged:
-    """Seconds that one engine spent on the phases of staging, and the bytes it received."""
+class EngineRank:
+    """What an orchestrator must know of an engine rank to plan its refits."""
 
-    pull_s: float
-    verify_s: float
-    num_bytes: int
+    parameters: dict[str, EngineParameter]
+    packed: dict[str, list[str]]
+    reach: Reach
 
 
 def make_vllm_engine(
@@ -119,6 +121,8 @@ class EngineThread:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(command(engine))
+                except VerificationError as error:  # refused before anything was changed
+                    future.set_exception(error)
                 except Exception as error:
                     future.set_exception(EngineFailed(f"{type(error).__name__}: {error}"))
                     raise
@@ -138,68 +142,34 @@ class EngineThread:
 
 
 class RolloutWorker(Worker):
-    """One engine and its receive arenas."""
+    """One engine rank and its end of the refit."""
 
     def __init__(self, rank: int, world_size: int, make_engine: Callable[[], Engine]) -> None:
         torch.set_num_threads(1)
         self.rank = rank
         self._engine = EngineThread(make_engine)
-        self._staged_version: int | None = None
 
-    def parameters(self) -> tuple[dict[str, tuple[tuple[int, ...], str]], dict[str, list[str]]]:
-        """Shape and dtype of every engine parameter, and the engine's `packed_modules_mapping`."""
+    def describe_weights(self, sites: list[Site]) -> EngineRank:
+        """What this engine rank serves, and how far it reaches into the train ranks' memory."""
 
-        def describe(engine: Engine) -> Any:
-            shapes = {
-                name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in engine.parameters().items()
-            }
-            return shapes, dict(engine.packed_modules_mapping)
+        def look(engine: Engine) -> EngineRank:
+            parameters = engine.describe_parameters()
+            device = next(iter(engine.parameters().values())).device.type
+            return EngineRank(parameters, dict(engine.packed_modules_mapping), reach(sites, device))
 
-        return self._engine.run(describe)
+        return self._engine.run(look)
 
-    def connect(self, slots: list[list[Slot]], copies: list[Copy], transport: Any) -> None:
-        """Make a receive arena per train rank, and the views that a commit copies between, all once."""
-        parameters = self._engine.run(lambda engine: engine.parameters())
-        device = next(iter(parameters.values())).device
-        self._arenas = [Arena(rank_slots, device) for rank_slots in slots]
-        self._receiver = transport.receiver(self._arenas)
-        self._destinations, self._sources = [], []
-        for copy in copies:
-            source = self._arenas[copy.source_rank].views[copy.source_storage]
-            destination = parameters[copy.destination_storage]
-            self._sources.append(_view(source, copy.source_start, copy.shape))
-            self._destinations.append(_view(destination, copy.destination_start, copy.shape))
+    def connect(self, inlet: Inlet, offers: Offers) -> None:
+        """Reach the train ranks of this rank's channel and make the buffers that every refit reuses."""
+        self._weights = self._engine.run(lambda engine: WeightReceiver(inlet, offers, engine))
 
-    def stage(self, version: int, handles: list[Any], digests: list[str | None]) -> Staged:
-        """Pull `version` into the receive arenas and check it, while the engine goes on.
-
-        Raises:
-            VerificationError: bytes from one rank are not those it published; the version cannot be committed.
-        """
-        self._staged_version = None
-        pull_s = verify_s = 0.0
-        for rank, (handle, expected) in enumerate(zip(handles, digests, strict=True)):
-            start = time.perf_counter()
-            self._receiver.pull(rank, handle)
-            pulled = time.perf_counter()
-            if expected is not None:
-                verify(self._arenas[rank], expected, rank, version)
-            pull_s, verify_s = pull_s + pulled - start, verify_s + time.perf_counter() - pulled
-        self._staged_version = version
-        return Staged(pull_s, verify_s, sum(arena.num_bytes for arena in self._arenas))
+    def stage(self, version: int, packed: dict[int, Packed]) -> Staged:
+        """Bring `version` here and verify it, while the engine goes on; errors as in WeightReceiver.stage."""
+        return self._weights.stage(version, packed)
 
     def commit(self, version: int) -> float:
         """Between two engine steps, make the staged version the one that is served. Returns the engine's stall in s."""
-        if self._staged_version != version:
-            raise RuntimeError(f"commit of version {version}, but {self._staged_version} is staged")
-
-        def write(engine: Engine) -> float:
-            start = time.perf_counter()
-            torch._foreach_copy_(self._destinations, self._sources)
-            engine.weights_written(version)
-            return time.perf_counter() - start
-
-        return self._engine.run(write)
+        return self._engine.run(lambda engine: self._weights.commit(engine, version))
 
     def submit(self, requests: list[Request], seed: int) -> None:
         """Start a whole batch of requests; what an idle engine samples for them is a function of the seed."""
@@ -222,9 +192,3 @@ class RolloutWorker(Worker):
 
     def close(self) -> None:
         self._engine.close()
-
-
-def _view(tensor: torch.Tensor, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
-    for dimension, (begin, length) in enumerate(zip(start, shape, strict=True)):
-        tensor = tensor.narrow(dimension, begin, length)
-    return tensor

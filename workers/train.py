@@ -7,7 +7,6 @@ the engine's dtype, into its arena. No rank ever gathers the model for a refit.
 import contextlib
 import dataclasses
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,17 +15,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from configs.schema import ModelConfig, TrainerConfig
-from transport.arena import Arena, Slot
-from transport.base import Publisher
-from transport.layout import Box, Layout, Shard
-from transport.receipt import digest
+from transport.auto import Probe, Site
+from transport.base import Offers
+from transport.layout import Layout, share
 from transport.types import Metrics, Microbatch
 from workers.checkpoint import load_optimizer, save_optimizer, save_policy
-from workers.mesh import join_mesh, open_rendezvous
+from workers.mesh import join_mesh, open_rendezvous, placement_of
 from workers.model import Policy, build_model, shard
+from workers.weights import Outlet, Publication, WeightSender
 from workers.worker import Worker
 
 Loss = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, Metrics]]
@@ -44,17 +42,6 @@ class PolicySpec:
     temperature: float
     device: str
     timeout_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Publication:
-    """What one train rank hands to the engines for one weight version."""
-
-    handle: Any
-    digest: str | None
-    num_bytes: int
-    pack_s: float
-    digest_s: float
 
 
 class PolicyWorker(Worker):
@@ -104,7 +91,9 @@ class TrainWorker(PolicyWorker):
         size = super().setup(address)
         self.weight_version = -1
         self._dirty = True
-        self._publisher: Publisher | None = None
+        self._probe = Probe(self._device.type)
+        shards = {name: parameter.to_local().detach() for name, parameter in self.parameters.items()}
+        self._sender = WeightSender(shards, self._device)
         return size
 
     def configure_optimizer(self, config: TrainerConfig, total_steps: int) -> None:
@@ -179,33 +168,26 @@ class TrainWorker(PolicyWorker):
         return {name: parameter.grad.full_tensor().cpu().numpy() for name, parameter in self.parameters.items()}
 
     def layout(self) -> Layout:
-        """Which rows of each parameter this rank holds."""
-        shards = []
-        for name, parameter in self.parameters.items():
-            shape, start = compute_local_shape_and_global_offset(parameter.shape, self._mesh, parameter.placements)
-            if math.prod(shape) > 0:
-                box = Box(tuple(start), tuple(shape))
-                shards.append(Shard(name, box, self.rank, name, (0,) * len(box.shape)))
-        shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
-        return Layout(shapes, shards, dict.fromkeys(shapes, "float32"))
+        """Which box of each parameter this rank holds."""
+        return share([placement_of(name, parameter, self.rank) for name, parameter in self.parameters.items()])
 
-    def connect(self, slots: list[Slot], transport: Any) -> None:
-        """Make the arena that every refit reuses, and the transport's end of it."""
-        self._arena = Arena(slots, self._device)
-        self._destinations = [self._arena.views[slot.storage] for slot in slots]
-        self._sources = [self.parameters[slot.storage].to_local().detach() for slot in slots]
-        self._publisher = transport.publisher(self._arena)
+    def site(self) -> Site:
+        """Where this rank is, for engines that may share its memory."""
+        return self._probe.site
+
+    def open_channels(self, outlets: list[Outlet]) -> dict[str, Any]:
+        """Make the buffers that every refit reuses. Returns what this rank offers, by channel."""
+        return self._sender.open(outlets)
+
+    def attach(self, offers: dict[str, Offers]) -> None:
+        """Reach the other ranks, by channel."""
+        self._sender.attach(offers)
 
     def publish(self, version: int, verify: bool) -> Publication:
-        """Write this rank's shards into the arena as weight version `version`."""
-        assert self._publisher is not None, "connect comes before publish"
-        start = time.perf_counter()
-        torch._foreach_copy_(self._destinations, self._sources)
-        packed = time.perf_counter()
-        written = digest(self._arena) if verify else None
-        digested = time.perf_counter()
+        """Write this rank's shards as weight version `version`, on every channel."""
+        publication = self._sender.publish(version, verify)
         self.weight_version, self._dirty = version, False
-        return Publication(self._publisher.publish(), written, self._arena.num_bytes, packed - start, digested - packed)
+        return publication
 
     def save(self, folder: str, tokenizer_folder: str) -> None:
         """Write the policy as a Hugging Face folder (`policy/`) and the optimiser's state (`optimizer/`)."""
@@ -225,8 +207,7 @@ class TrainWorker(PolicyWorker):
             group |= {"betas": config.betas, "eps": config.adam_epsilon, "weight_decay": config.weight_decay}
 
     def close(self) -> None:
-        if self._publisher is not None:
-            self._publisher.close()
+        self._sender.close()
         with contextlib.suppress(ValueError):  # no group: setup never ran
             dist.destroy_process_group()
 
