@@ -4,12 +4,13 @@ Any model whose `forward` applies its output embedding to hidden states works: a
 that predict something, and the model's own scaling or soft-capping of logits still applies.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from configs.schema import ModelConfig
@@ -87,6 +88,32 @@ def shard(policy: Policy, mesh: DeviceMesh, compute_dtype: str) -> Policy:
                 fully_shard(module, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
     return policy
+
+
+@torch.no_grad()
+def join_shards(policy: nn.Module) -> None:
+    """Move this rank's shards into one buffer, in order: a refit then casts neighbours in one go.
+
+    Before any forward. A shard that FSDP pads (an uneven one) stays in memory of its own, and is as right as before.
+    """
+    shards = {id(parameter): cast(DTensor, parameter).to_local() for parameter in policy.parameters()}
+    first = next(iter(shards.values()))
+    flat = torch.empty(sum(shard.numel() for shard in shards.values()), dtype=first.dtype, device=first.device)
+    parts = flat.split([shard.numel() for shard in shards.values()])
+    views = {
+        key: part.view(shard.shape).copy_(shard.detach())
+        for (key, shard), part in zip(shards.items(), parts, strict=True)
+    }
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, DTensor):  # a buffer
+            return tensor
+        mesh, placements = tensor.device_mesh, tensor.placements
+        return DTensor.from_local(
+            views[id(tensor)], mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
+
+    policy._apply(move)
 
 
 def _check_attention(model: PreTrainedModel) -> None:

@@ -23,7 +23,7 @@ from transport.layout import Layout, share
 from transport.types import Metrics, Microbatch
 from workers.checkpoint import load_optimizer, save_optimizer, save_policy
 from workers.mesh import join_mesh, open_rendezvous, placement_of
-from workers.model import Policy, build_model, shard
+from workers.model import Policy, build_model, join_shards, shard
 from workers.weights import Outlet, Publication, WeightSender
 from workers.worker import Worker
 
@@ -65,6 +65,7 @@ class PolicyWorker(Worker):
         model = build_model(spec.model, spec.folder, spec.pretrained, spec.seed)
         size = sum(parameter.numel() for parameter in model.parameters())
         self.policy = shard(Policy(model, spec.temperature), self._mesh, spec.model.compute_dtype)
+        join_shards(self.policy)
         self._fsdp = cast(FSDPModule, self.policy)
         # FSDP swaps a module's parameters while it is gathered; these sharded ones are the masters throughout.
         prefix = "model."
