@@ -12,13 +12,16 @@ PACKAGES := configs transport workers orchestrator recipes
 PYTORCH_CPU := https://download.pytorch.org/whl/cpu
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check install install-gpu bench-setup lock clean
+.PHONY: demo test test-gpu check install install-gpu bench-setup bench-gpu lock clean
 
 demo: $(CPU_STAMP)  ## train the embedded default on this CPU
 	$(BIN)/python -m recipes.grpo
 
 test: $(CPU_STAMP)  ## unit tests, then integration tests on one local Ray cluster
 	$(BIN)/pytest tests/unit tests/integration
+
+test-gpu: $(GPU_STAMP)  ## what needs a CUDA device, on one GPU or two; not yet run
+	$(GPU_VENV)/bin/pytest tests/gpu
 
 check: $(CPU_STAMP)  ## lint, format, types, layers, size gate and unit tests
 	$(BIN)/ruff check .
@@ -53,6 +56,9 @@ $(GPU_STAMP): requirements/gpu.lock
 	touch $@
 
 bench-setup: $(CPU_STAMP) $(BENCH_STAMP)  ## TRL, in an environment of its own
+
+bench-gpu: $(GPU_STAMP)  ## refits on one GPU or two, beside what others do; not yet run
+	$(GPU_VENV)/bin/python -m bench.refit_gpu --json
 
 # uv does not read pip's configuration: it is told where a CPU build of torch is.
 CPU_SOURCE = $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--extra-index-url $(PYTORCH_CPU) --index-strategy unsafe-best-match)

@@ -12,7 +12,6 @@ equal that of its cast in the trainer. It needs a quiet machine.
 
 import argparse
 import asyncio
-import ctypes
 import html
 import json
 import math
@@ -22,196 +21,57 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 import ray
 import torch
-import xxhash
 from rich.console import Console
 from rich.table import Table
 
+from bench.refit_memory import ENGINE_DTYPE
 from bench.refit_ours import our_arms
-from bench.refit_rivals import (
-    ENGINE_DTYPE,
-    Arm,
-    BenchError,
-    Half,
-    Meeting,
-    Process,
-    Processes,
-    private_buffer,
-    rival_arms,
-    within_deadline,
-)
+from bench.refit_rivals import Arm, BenchError, Half, Meeting, Process, Processes, rival_arms, within_deadline
+from bench.refit_sides import EngineSide, Part, TrainerSide, qwen3_parts
 from orchestrator.driver import WORKER_ENVIRONMENT
-from transport.base import Landing
-from transport.packing import FusedCopy
-from transport.team import set_team_size
 
 CALIBRATIONS = ("memcpy", "floor", "floor_one_thread")
-RANDOM_ELEMENTS = 16_777_213  # a prime, so that no two tensors begin at the same place of the random block
-VERSION_STRIDE = 1_000_003
-DIGEST_ELEMENTS = 1 << 20
 QUIET_CPU_PERCENT = 10.0
 ENVIRONMENT = {**WORKER_ENVIRONMENT, "THP_MEM_ALLOC_ENABLE": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One of the trainer's tensors, and its place in the engine: the rows of `parameter` from `row` on.
+class Rig:
+    """How the two processes are made, what each asks of Ray, and which of the trainer's methods calibrate."""
 
-    Part("model.layers.0.self_attn.k_proj.weight", (1024, 1024), "model.layers.0.self_attn.qkv_proj.weight", 2048)
-    """
+    make_trainer: Callable[[list[Part]], TrainerSide]
+    make_engine: Callable[[list[Part]], EngineSide]
+    calibrations: tuple[str, ...]
+    options: dict[str, Any] = field(default_factory=dict)
 
-    name: str
-    shape: tuple[int, ...]
-    parameter: str
-    row: int
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-
-def qwen3_parts(scale: float) -> list[Part]:
-    """The 310 tensors of Qwen3-0.6B, embeddings tied; `scale` is that of the hidden size, and so of the bytes."""
-    hidden = max(16, round(1024 * scale / 16) * 16)
-    intermediate, vocabulary, head, queries, keys = 3072, 151936, 128, 16 * 128, 8 * 128
-
-    def whole(name: str, *shape: int) -> Part:
-        return Part(name, shape, name, 0)
-
-    parts = [whole("model.embed_tokens.weight", vocabulary, hidden)]
-    for layer in range(28):
-        prefix = f"model.layers.{layer}"
-        qkv, gate_up = f"{prefix}.self_attn.qkv_proj.weight", f"{prefix}.mlp.gate_up_proj.weight"
-        parts += [
-            whole(f"{prefix}.input_layernorm.weight", hidden),
-            Part(f"{prefix}.self_attn.q_proj.weight", (queries, hidden), qkv, 0),
-            Part(f"{prefix}.self_attn.k_proj.weight", (keys, hidden), qkv, queries),
-            Part(f"{prefix}.self_attn.v_proj.weight", (keys, hidden), qkv, queries + keys),
-            whole(f"{prefix}.self_attn.q_norm.weight", head),
-            whole(f"{prefix}.self_attn.k_norm.weight", head),
-            whole(f"{prefix}.self_attn.o_proj.weight", hidden, queries),
-            whole(f"{prefix}.post_attention_layernorm.weight", hidden),
-            Part(f"{prefix}.mlp.gate_proj.weight", (intermediate, hidden), gate_up, 0),
-            Part(f"{prefix}.mlp.up_proj.weight", (intermediate, hidden), gate_up, intermediate),
-            whole(f"{prefix}.mlp.down_proj.weight", hidden, intermediate),
-        ]
-    return [*parts, whole("model.norm.weight", hidden)]
+    def processes(self, parts: list[Part], meeting: Meeting) -> Processes:
+        actor: Any = ray.remote(Process).options(
+            num_cpus=0, max_restarts=0, enable_tensor_transport=True, **self.options
+        )
+        return Processes(actor.remote(self.make_trainer, parts), actor.remote(self.make_engine, parts), meeting)
 
 
-class TrainerSide:
-    """What the trainer's halves share: the fp32 `shards`, and their places in the bf16 buffer `flat` (uint8).
-
-    Shards and `packed` have the parts' shapes and order. `flat` keeps nothing from one refit to the next.
-    """
-
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = parts
-        sizes = [part.size for part in parts]
-        self.flat_shards = private_buffer(sum(sizes) * torch.float32.itemsize).view(torch.float32)
-        self.flat = private_buffer(sum(sizes) * ENGINE_DTYPE.itemsize)
-        self.shards = [t.view(part.shape) for t, part in zip(self.flat_shards.split(sizes), parts, strict=True)]
-        packed = self.flat.view(ENGINE_DTYPE).split(sizes)
-        self.packed = [t.view(part.shape) for t, part in zip(packed, parts, strict=True)]
-        set_team_size(num_processes=1)
-        self._cast = FusedCopy(list(zip(self.packed, self.shards, strict=True)))
-        self._random = torch.randn(RANDOM_ELEMENTS, generator=torch.Generator().manual_seed(0)).mul_(0.02)
-
-    def pack(self) -> None:
-        """Cast every shard into its place in `flat`."""
-        torch._foreach_copy_(self.packed, self.shards)
-
-    def fill(self, version: int) -> None:
-        """The optimiser's stand-in: new weights in every shard, a function of the version alone."""
-        start, rest = version * VERSION_STRIDE % RANDOM_ELEMENTS, self.flat_shards
-        while rest.numel():
-            piece = self._random[start : start + rest.numel()]
-            rest[: piece.numel()].copy_(piece)
-            start, rest = 0, rest[piece.numel() :]
-
-    def digests(self) -> list[str]:
-        """xxh3_128 of every shard's cast, in the parts' order."""
-        digests = []
-        for shard in self.shards:
-            state = xxhash.xxh3_128()
-            for piece in shard.view(-1).split(DIGEST_ELEMENTS):
-                state.update(piece.to(ENGINE_DTYPE).view(torch.uint8).numpy().data)
-            digests.append(state.hexdigest())
-        return digests
-
-    def memcpy(self) -> float:
-        """Seconds to copy as many bytes as a refit brings, from the first half of the shards' memory into `flat`."""
-        start = time.perf_counter()
-        ctypes.memmove(self.flat.data_ptr(), self.flat_shards.data_ptr(), self.flat.nbytes)
-        return time.perf_counter() - start
-
-    def floor(self) -> float:
-        """Seconds to cast all shards into private memory, by as many threads as our own arms cast with."""
-        start = time.perf_counter()
-        self._cast.run(verify=False)
-        return time.perf_counter() - start
-
-    def floor_one_thread(self) -> float:
-        """The same by one thread."""
-        start = time.perf_counter()
-        self.pack()
-        return time.perf_counter() - start
-
-
-class EngineSide:
-    """What the engine's halves share: its fused live `parameters`, and `live`, the view of them that each part fills.
-
-    An arm may turn a parameter to other memory (`parameter.data = ...`), and leave in `leftovers` what it need not free
-    under the clock.
-    """
-
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = parts
-        num_rows = {part.parameter: part.row + part.shape[0] for part in parts}
-        shapes = {part.parameter: (num_rows[part.parameter], *part.shape[1:]) for part in parts}
-        sizes = [math.prod(shape) for shape in shapes.values()]
-        pieces = private_buffer(sum(sizes) * ENGINE_DTYPE.itemsize).view(ENGINE_DTYPE).split(sizes)
-        self._home = {name: piece.view(shapes[name]) for name, piece in zip(shapes, pieces, strict=True)}
-        self.parameters = {name: torch.nn.Parameter(home, requires_grad=False) for name, home in self._home.items()}
-        self.live = self._views()
-        self.leftovers: Any = None
-        self.landing: Landing | None = None
-
-    def come_home(self) -> None:
-        """Turn every parameter back to the engine's own memory, for the next arm."""
-        for name, home in self._home.items():
-            self.parameters[name].data = home
-
-    def digests(self) -> list[str]:
-        """xxh3_128 of what the live parameters hold of every part, in the parts' order."""
-        return [xxhash.xxh3_128_hexdigest(view.reshape(-1).view(torch.uint8).numpy().data) for view in self._views()]
-
-    def retire(self) -> None:
-        self.leftovers = None
-
-    def _views(self) -> list[torch.Tensor]:
-        return [self.parameters[part.parameter].data.narrow(0, part.row, part.shape[0]) for part in self.parts]
-
-
-def all_arms() -> list[Arm]:
-    """Every arm, not yet connected, in the order of the table."""
-    return [*our_arms(), *rival_arms()]
+ON_CPU = Rig(TrainerSide, EngineSide, CALIBRATIONS)
 
 
 class Bench:
     """Runs calibrations and arms in turns; `seconds` holds what each took, without warm-ups."""
 
-    def __init__(self, parts: list[Part], arms: Sequence[Arm], processes: Processes) -> None:
-        self._parts, self._processes = parts, processes
+    def __init__(
+        self, parts: list[Part], arms: Sequence[Arm], processes: Processes, calibrations: tuple[str, ...] = ()
+    ) -> None:
+        self._parts, self._processes, self._calibrations = parts, processes, calibrations
         self._arms = {arm.name: arm for arm in arms}
         self._trainer, self._engine = Half(processes.trainer, "side"), Half(processes.engine, "side")
         self._version = 0
-        self.seconds: dict[str, list[float]] = {name: [] for name in (*CALIBRATIONS, *self._arms)}
+        self.seconds: dict[str, list[float]] = {name: [] for name in (*calibrations, *self._arms)}
 
     async def run(self, repetitions: int, warmups: int) -> None:
         for arm in self._arms.values():
@@ -229,7 +89,7 @@ class Bench:
         """Seconds of one refit, or of one calibration, on weights that nobody has seen before."""
         self._version += 1
         await self._ask(self._trainer, "fill", self._version)
-        if name in CALIBRATIONS:
+        if name in self._calibrations:
             return await self._ask(self._trainer, name)
         await self._ask(self._engine, "come_home")
         arm = self._arms[name]
@@ -274,7 +134,7 @@ def print_table(figures: Mapping[str, Figures], num_bytes: int) -> None:
         table.add_column(column, justify="left" if column == "arm" else "right")
     for name, row in figures.items():
         ratios = (row.median_s / memcpy_s, row.median_s / floor_s, num_bytes / row.median_s / 1e9)
-        table.add_row(name, f"{row.median_s:.3f}", f"{row.p95_s:.3f}", *(f"{value:.2f}" for value in ratios))
+        table.add_row(name, f"{row.median_s:.4f}", f"{row.p95_s:.4f}", *(f"{value:.2f}" for value in ratios))
     Console(width=100).print(table)
 
 
@@ -296,7 +156,7 @@ def plot(figures: Mapping[str, Figures], num_bytes: int) -> str:
             f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{html.escape(name)}</text>',
             f'<rect x="{left}" y="{y}" width="{bar:.1f}" height="18" fill="{colour}"/>',
             f'<path d="M{left + bar:.1f} {y + 9}H{whisker:.1f}m0 -4v8" stroke="#333" fill="none"/>',
-            f'<text x="{whisker + 6:.1f}" y="{y + 14}">{row.median_s:.3f}</text>',
+            f'<text x="{whisker + 6:.1f}" y="{y + 14}">{row.median_s:.4f}</text>',
         ]
     size = f'width="{left + width + 70}" height="{bottom + 24}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">'
@@ -330,19 +190,32 @@ def start_ray(num_bytes: int) -> None:
         token.chmod(0o600)
 
 
-def measure(parts: list[Part], arms: Sequence[Arm], repetitions: int, warmups: int, disk: str) -> dict[str, Figures]:
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """How much is measured."""
+
+    parts: list[Part]
+    repetitions: int
+    warmups: int
+    disk: str
+
+    @property
+    def num_bytes(self) -> int:
+        """What a refit brings to the engine."""
+        return sum(part.size for part in self.parts) * ENGINE_DTYPE.itemsize
+
+
+def measure(trial: Trial, arms: Sequence[Arm], rig: Rig) -> dict[str, Figures]:
     """Start Ray and both processes, run every arm, and leave nothing behind."""
-    num_bytes = sum(part.size for part in parts) * ENGINE_DTYPE.itemsize
-    folders = [tempfile.TemporaryDirectory(prefix="rayfit-bench-", dir=place) for place in (None, "/dev/shm", disk)]
+    places = (None, "/dev/shm", trial.disk)
+    folders = [tempfile.TemporaryDirectory(prefix="rayfit-bench-", dir=place) for place in places]
     try:
-        start_ray(num_bytes)
+        start_ray(trial.num_bytes)
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         private, memory, on_disk = (pathlib.Path(folder.name) for folder in folders)
-        meeting = Meeting(private, memory, on_disk, store.port)
-        process: Any = ray.remote(Process).options(num_cpus=0, max_restarts=0, enable_tensor_transport=True)
-        processes = Processes(process.remote(TrainerSide, parts), process.remote(EngineSide, parts), meeting)
-        bench = Bench(parts, arms, processes)
-        asyncio.run(bench.run(repetitions, warmups))
+        processes = rig.processes(trial.parts, Meeting(private, memory, on_disk, store.port))
+        bench = Bench(trial.parts, arms, processes, rig.calibrations)
+        asyncio.run(bench.run(trial.repetitions, trial.warmups))
     finally:
         ray.shutdown()
         for folder in folders:
@@ -350,8 +223,8 @@ def measure(parts: list[Part], arms: Sequence[Arm], repetitions: int, warmups: i
     return {name: figures_of(seconds) for name, seconds in bench.seconds.items()}
 
 
-def parse_arguments(names: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(description: str, names: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", default=",".join(names), help="arms to run, by name, with commas; default: all")
     parser.add_argument("--repetitions", type=int, default=15, help="refits of every arm that are measured")
     parser.add_argument("--warmups", type=int, default=3, help="refits of every arm before these")
@@ -370,27 +243,32 @@ def parse_arguments(names: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def main() -> None:
-    arms = all_arms()
-    arguments = parse_arguments([arm.name for arm in arms])
+def run(description: str, arms: Sequence[Arm], rig: Rig) -> None:
+    """The command line of a refit bench on one rig."""
+    arguments = parse_arguments(description, [arm.name for arm in arms])
     chosen = [arm for arm in arms if arm.name in arguments.arms]
-    parts = qwen3_parts(arguments.scale)
-    num_bytes = sum(part.size for part in parts) * ENGINE_DTYPE.itemsize
+    trial = Trial(qwen3_parts(arguments.scale), arguments.repetitions, arguments.warmups, arguments.disk)
     others_cpu_percent = psutil.cpu_percent(interval=2.0)
     try:
-        figures = measure(parts, chosen, arguments.repetitions, arguments.warmups, arguments.disk)
+        figures = measure(trial, chosen, rig)
     except BenchError as error:
         sys.exit(f"refit: {error}")
-    print_table(figures, num_bytes)
+    print_table(figures, trial.num_bytes)
     if others_cpu_percent > QUIET_CPU_PERCENT:
         print(f"NOT a quiet machine: other work used {others_cpu_percent:.0f} % of its CPU before the run")
     if arguments.plot:
-        arguments.plot.write_text(plot(figures, num_bytes))
+        arguments.plot.write_text(plot(figures, trial.num_bytes))
     if arguments.json:
         rows = {arm.name: figures[arm.name] for arm in chosen}
-        described = {name: {"median_s": r.median_s, "p95_s": r.p95_s, "bytes": num_bytes} for name, r in rows.items()}
-        calibrated = {f"{name}_s": figures[name].median_s for name in CALIBRATIONS}
+        described = {
+            name: {"median_s": row.median_s, "p95_s": row.p95_s, "bytes": trial.num_bytes} for name, row in rows.items()
+        }
+        calibrated = {f"{name}_s": figures[name].median_s for name in rig.calibrations}
         print(json.dumps({**calibrated, "arms": described}))
+
+
+def main() -> None:
+    run(str(__doc__), [*our_arms(), *rival_arms()], ON_CPU)
 
 
 if __name__ == "__main__":

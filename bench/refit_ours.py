@@ -24,10 +24,10 @@ from workers.rollout import EngineThread, RolloutWorker
 from workers.weights import Inlet, Outlet, Publication, WeightReceiver, WeightSender
 
 if TYPE_CHECKING:
-    from bench.refit import EngineSide, Part, TrainerSide
+    from bench.refit_sides import EngineSide, Part, TrainerSide
 
-CPU = torch.device("cpu")
-TYPES = ("shared_memory", "nixl", "stream", "collective", "object_store")
+Kind = Literal["shared_memory", "nixl", "stream", "collective", "object_store"]
+TYPES: tuple[Kind, ...] = ("shared_memory", "nixl", "stream", "collective", "object_store")
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
@@ -45,9 +45,10 @@ class OurTrainer:
 
     def __init__(self, side: "TrainerSide", meeting: Meeting) -> None:
         self._layout = layout_of(side.parts)
-        self._probe = Probe("cpu")
+        device = side.shards[0].device
+        self._probe = Probe(device.type)
         sources = {part.name: shard for part, shard in zip(side.parts, side.shards, strict=True)}
-        self._sender = WeightSender(sources, CPU)
+        self._sender = WeightSender(sources, device)
 
     def layout(self) -> Layout:
         return self._layout
@@ -66,13 +67,13 @@ class OurTrainer:
 
 
 class HoldingEngine:
-    """An Engine that holds parameters and has nothing to decode."""
+    """An Engine that holds parameters and has nothing to decode. It turns where vLLM does, on a CPU."""
 
     packed_modules_mapping: Mapping[str, list[str]] = PACKED
-    turns = True
 
     def __init__(self, held: dict[str, torch.nn.Parameter]) -> None:
         self._held = held
+        self.turns = all(parameter.device.type == "cpu" for parameter in held.values())
 
     def add_request(self, request_id: str, prompt_token_ids: list[int], sampling: SamplingSpec) -> None: ...
 
@@ -115,7 +116,7 @@ def landing_of(side: "EngineSide") -> Landing:
     """The side's landing, made when it is first used, with room for the receipts of every part."""
     if side.landing is None:
         parameters = {name: (tuple(p.shape), "bfloat16") for name, p in side.parameters.items()}
-        side.landing = Landing(parameters, CPU, turns=True)
+        side.landing = Landing(parameters, side.device, turns=side.device.type == "cpu")
         num_bytes = sum(p.nbytes + ALIGNMENT_BYTES for p in side.parameters.values()) + receipt_bytes(len(side.parts))
         for half in range(side.landing.num_halves):
             side.landing.flat(half, num_bytes)
@@ -125,7 +126,7 @@ def landing_of(side: "EngineSide") -> Landing:
 class Refits:
     """A connected WeightSync over one transport, which the verified and the unverified arm share."""
 
-    def __init__(self, kind: Literal["shared_memory", "nixl", "stream", "collective", "object_store"]) -> None:
+    def __init__(self, kind: Kind) -> None:
         self.kind, self._version = kind, 0
         self._sync: WeightSync | None = None
 
@@ -170,7 +171,7 @@ class OurArm:
         await asyncio.sleep(0)
 
 
-def our_arms() -> list[Arm]:
-    """Every transport, unverified and verified, not yet connected."""
-    refits = [Refits(kind) for kind in TYPES]
+def our_arms(types: Sequence[Kind] = TYPES) -> list[Arm]:
+    """Each transport, unverified and verified, not yet connected."""
+    refits = [Refits(kind) for kind in types]
     return [OurArm(each, verified) for each in refits for verified in (False, True)]

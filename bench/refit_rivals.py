@@ -2,7 +2,7 @@
 
 One trainer process and one engine process host every arm, each as a pair of halves. All arms start from the same fp32
 shards and end in the same live bf16 parameters; the trainer's packed bf16 buffer is shared too, so that memory stays
-bounded. bench/refit.py makes both sides and drives the arms.
+bounded. bench/refit.py and bench/refit_gpu.py make both sides and drive the arms.
 
 Rivals get what one would tune in good faith: warm persistent buffers wherever their interface allows one, huge pages,
 casting overlapped with sending where they stream, memcpy rather than torch's slower copy, and clean-up (freeing
@@ -10,15 +10,13 @@ received buffers, deleting files) outside the timed part.
 """
 
 import asyncio
-import mmap
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import ray
 import torch
 import torch.distributed
@@ -26,18 +24,18 @@ import zmq
 from ray.experimental import register_nixl_memory
 from safetensors.torch import load_file, save_file
 
+from bench.refit_memory import chunks_of, copy_bytes, filled, private_buffer, unpack, views_in
 from transport.nixl import rest_progress_thread
 from workers.worker import Worker
 
 if TYPE_CHECKING:
-    from bench.refit import EngineSide, TrainerSide
+    from bench.refit_sides import EngineSide, TrainerSide
 
 DEADLINE_S = 120.0
 GLOO_BUCKET_BYTES = 64 << 20
 ZEROMQ_CHUNK_BYTES = 4 << 20
 ZEROMQ_NUM_BUFFERS = 3
 ZEROMQ_SOCKET_BYTES = 4 << 20
-ENGINE_DTYPE = torch.bfloat16
 
 
 class BenchError(RuntimeError):
@@ -67,7 +65,10 @@ class Process(Worker):
         self._halves[arm] = make_half(self._side, meeting)
 
     def call(self, arm: str, method: str, *arguments: Any) -> Any:
-        return getattr(self._halves[arm], method)(*arguments)
+        result = getattr(self._halves[arm], method)(*arguments)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return result
 
 
 class Half:
@@ -135,7 +136,7 @@ class Rival:
     async def connect(self, processes: Processes) -> None:
         actors = (processes.trainer, processes.engine)
         self._sender, self._receiver = (Half(actor, self.name) for actor in actors)
-        self._engine = Half(processes.engine, "side")
+        self._sides = [Half(actor, "side") for actor in actors]
         installs = [
             actor.install.remote(self.name, maker, processes.meeting)
             for actor, maker in zip(actors, self._makers, strict=True)
@@ -152,7 +153,8 @@ class Rival:
             await within_deadline(self._receiver.run.remote("receive", timed.result), f"{self.name}: receive")
 
     async def retire(self, version: int) -> None:
-        await within_deadline(self._engine.run.remote("retire"), f"{self.name}: retire")
+        for side in reversed(self._sides):
+            await within_deadline(side.run.remote("retire"), f"{self.name}: retire")
 
 
 def rival_arms() -> list[Arm]:
@@ -161,11 +163,16 @@ def rival_arms() -> list[Arm]:
         Rival("rival_object_store", ObjectStoreSender, ObjectStoreReceiver),
         Rival("rival_rdt_per_tensor", partial(RdtSender, packed=False), RdtReceiver),
         Rival("rival_rdt_packed_fresh", partial(RdtSender, packed=True), RdtReceiver),
-        Rival("rival_gloo_broadcast", GlooSender, GlooReceiver, at_once=True),
+        broadcast_rival("rival_gloo_broadcast", gloo_group, GLOO_BUCKET_BYTES),
         Rival("rival_zeromq", ZeroMqSender, ZeroMqReceiver, at_once=True),
         Rival("rival_safetensors_disk", partial(FileSender, in_memory=False), FileReceiver),
         Rival("rival_safetensors_memory", partial(FileSender, in_memory=True), FileReceiver),
     ]
+
+
+def broadcast_rival(name: str, make_group: "MakeGroup", bucket_bytes: int) -> Rival:
+    chosen: dict[str, Any] = {"make_group": make_group, "bucket_bytes": bucket_bytes}
+    return Rival(name, partial(BroadcastSender, **chosen), partial(BroadcastReceiver, **chosen), at_once=True)
 
 
 async def within_deadline(awaitable: Any, what: str) -> Any:
@@ -180,50 +187,6 @@ async def within_deadline(awaitable: Any, what: str) -> Any:
         raise BenchError(f"{what} was not done after {DEADLINE_S:.0f} s") from error
 
 
-def private_buffer(num_bytes: int) -> torch.Tensor:
-    """Pre-faulted private memory (uint8), in huge pages where the system gives them."""
-    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8).zero_()
-
-
-def copy_bytes(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy contiguous bf16 tensors by NumPy, which takes memcpy: 0.7 of the time of torch's copy_ on one thread."""
-    for destination, source in zip(destinations, sources, strict=True):
-        np.copyto(destination.view(torch.int16).numpy(), source.view(torch.int16).numpy())
-
-
-def unpack(flat: torch.Tensor, live: Sequence[torch.Tensor]) -> None:
-    """Copy a packed buffer (uint8) into the tensors whose bytes it holds back to back."""
-    pieces = flat.view(ENGINE_DTYPE).split([tensor.numel() for tensor in live])
-    copy_bytes([tensor.view(-1) for tensor in live], pieces)
-
-
-def chunks_of(tensors: Sequence[torch.Tensor], chunk_bytes: int) -> list[list[torch.Tensor]]:
-    """Flat slices of the tensors, in order, grouped by the chunks of bf16 that hold them; all but the last are full.
-
-    Both sides cut alike, because only the tensors' sizes count.
-    """
-    room = chunk_elements = chunk_bytes // ENGINE_DTYPE.itemsize
-    chunks: list[list[torch.Tensor]] = [[]]
-    for tensor in tensors:
-        rest = tensor.view(-1)
-        while rest.numel():
-            if not room:
-                chunks.append([])
-                room = chunk_elements
-            chunks[-1].append(rest[:room])
-            room, rest = room - chunks[-1][-1].numel(), rest[room:]
-    return chunks
-
-
-def views_in(buffer: torch.Tensor, slices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """bf16 views of the buffer (uint8), back to back and of the slices' sizes."""
-    sizes = [piece.numel() for piece in slices]
-    return list(buffer.view(ENGINE_DTYPE)[: sum(sizes)].split(sizes))
-
-
 class ObjectStoreSender:
     """One packed NumPy array through Ray's object store: a copy into it, and one out of the zero-copy view."""
 
@@ -232,7 +195,7 @@ class ObjectStoreSender:
 
     def send(self) -> Any:
         self._side.pack()
-        return [ray.put(self._side.flat.numpy())]
+        return [ray.put(self._side.flat.cpu().numpy())]
 
 
 class ObjectStoreReceiver:
@@ -240,7 +203,8 @@ class ObjectStoreReceiver:
         self._live = side.live
 
     def receive(self, handle: Any) -> None:
-        unpack(torch.from_numpy(ray.get(handle[0], timeout=DEADLINE_S)), self._live)
+        flat = torch.from_numpy(ray.get(handle[0], timeout=DEADLINE_S))
+        unpack(flat.to(self._live[0].device), self._live)
 
 
 class RdtSender:
@@ -271,13 +235,17 @@ class RdtReceiver:
         self._side.leftovers = received
 
 
-class GlooSender:
+MakeGroup = Callable[[Meeting, int], Any]
+"""(meeting, rank) -> a process group of the trainer, its rank 0, and the engine."""
+
+
+class BroadcastSender:
     """Broadcast in buckets, in a group of its own; the next bucket is cast while the last one travels."""
 
-    def __init__(self, side: "TrainerSide", meeting: Meeting) -> None:
-        self._group = gloo_group(meeting, rank=0)
-        self._chunks = chunks_of(side.shards, GLOO_BUCKET_BYTES)
-        self._buckets = [private_buffer(GLOO_BUCKET_BYTES) for _ in range(2)]
+    def __init__(self, side: "TrainerSide", meeting: Meeting, make_group: MakeGroup, bucket_bytes: int) -> None:
+        self._group = make_group(meeting, 0)
+        self._chunks = chunks_of(side.shards, bucket_bytes)
+        self._buckets = [private_buffer(bucket_bytes, side.flat.device) for _ in range(2)]
         self._views = [views_in(self._buckets[i % 2], chunk) for i, chunk in enumerate(self._chunks)]
 
     def send(self) -> None:
@@ -291,13 +259,13 @@ class GlooSender:
             work.wait()
 
 
-class GlooReceiver:
+class BroadcastReceiver:
     """Copies a bucket into the parameters while the next one arrives."""
 
-    def __init__(self, side: "EngineSide", meeting: Meeting) -> None:
-        self._group = gloo_group(meeting, rank=1)
-        self._chunks = chunks_of(side.live, GLOO_BUCKET_BYTES)
-        self._buckets = [private_buffer(GLOO_BUCKET_BYTES) for _ in range(2)]
+    def __init__(self, side: "EngineSide", meeting: Meeting, make_group: MakeGroup, bucket_bytes: int) -> None:
+        self._group = make_group(meeting, 1)
+        self._chunks = chunks_of(side.live, bucket_bytes)
+        self._buckets = [private_buffer(bucket_bytes, side.live[0].device) for _ in range(2)]
         self._views = [views_in(self._buckets[i % 2], chunk) for i, chunk in enumerate(self._chunks)]
 
     def receive(self, handle: Any) -> None:
@@ -318,11 +286,6 @@ def gloo_group(meeting: Meeting, rank: int) -> Any:
     store = torch.distributed.TCPStore("127.0.0.1", meeting.store_port, is_master=False, timeout=timeout)
     prefixed = torch.distributed.PrefixStore("rival_gloo_broadcast", store)
     return torch.distributed.ProcessGroupGloo(prefixed, rank, 2, timeout)
-
-
-def filled(buffer: torch.Tensor, views: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The bytes of the buffer that the views take."""
-    return buffer[: sum(view.nbytes for view in views)]
 
 
 class ZeroMqSender:

@@ -25,9 +25,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.refit import Part, TrainerSide, qwen3_parts, start_ray
+from bench.refit import start_ray
+from bench.refit_memory import ENGINE_DTYPE
 from bench.refit_ours import HoldingEngine, OurEngine, OurTrainer
-from bench.refit_rivals import DEADLINE_S, ENGINE_DTYPE, Half, Meeting, Process
+from bench.refit_rivals import DEADLINE_S, Half, Meeting, Process
+from bench.refit_sides import Part, TrainerSide, qwen3_parts
 from configs.schema import ModelConfig, RolloutConfig, TransportConfig
 from orchestrator.weight_sync import RefitReport, WeightSync
 from orchestrator.worker_group import WorkerGroup

@@ -92,7 +92,9 @@ class TrainerConfig(Section):
 
 class RolloutConfig(Section):
     num_workers: PositiveInt = 2
-    """Rollout workers, one vLLM engine each."""
+    """vLLM engines."""
+    tensor_parallel_size: PositiveInt = 1
+    """Ranks that one engine's weights are cut over, a rollout worker each; it must divide the attention heads."""
     dtype: Dtype = "float32"
     """Dtype of the engine's weights."""
     max_tokens: PositiveInt = 12
@@ -106,7 +108,7 @@ class RolloutConfig(Section):
     max_num_seqs: PositiveInt = 256
     """Sequences that one engine decodes together."""
     kv_cache_bytes: PositiveInt | None = None
-    """Memory of one engine's KV cache; without it, room for `max_num_seqs` full-length sequences, at most 4 GiB."""
+    """Memory of one rank's KV cache; without it, room for `max_num_seqs` full-length sequences, at most 4 GiB."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Share of its GPU's memory that an engine may count on; lower it where workers share a GPU (CUDA only)."""
     eager: bool = True
@@ -114,9 +116,11 @@ class RolloutConfig(Section):
 
 
 class TransportConfig(Section):
-    type: Literal["auto", "shared_memory", "nixl", "object_store"] = "auto"
+    type: Literal["auto", "shared_memory", "nixl", "collective", "stream", "object_store"] = "auto"
     """How weights reach the engines: memory that both map (one host, CPU), Ray Direct Transport over NIXL (across
-    hosts, CUDA), Ray's object store (slow and obvious); auto takes the fastest that reaches each engine."""
+    hosts, CUDA), broadcasts in a process group of their own (gloo, or NCCL on CUDA), two small buffers in turn (one
+    host; workers that share a GPU), Ray's object store (slow and obvious); auto takes the fastest of shared_memory,
+    nixl and object_store that reaches each engine."""
     verify: Literal["always", "first", "off"] = "always"
     """Compare a digest of every tensor where it was written with one where it has landed: on every refit, on an
     engine's first, or never."""

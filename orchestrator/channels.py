@@ -5,12 +5,12 @@ train ranks cast and write once for all of them. Pure geometry; no actor is call
 """
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from configs.schema import TransportConfig
 from transport.layout import Layout, merge, share
-from transport.names import EngineParameter, engine_layout
+from transport.names import EngineParameter, check_complete, engine_layout
 from transport.plan import Copy, Plan, plan_transfer
 
 if TYPE_CHECKING:
@@ -33,6 +33,10 @@ class Channel:
     @property
     def one_sided(self) -> bool:
         return self.inlet.transport.one_sided
+
+    def inlet_of(self, engine_rank: int) -> "Inlet":
+        """The inlet, as it is given to one of the channel's engine ranks."""
+        return replace(self.inlet, link=replace(self.inlet.link, receiver_rank=engine_rank))
 
 
 def plan_channels(
@@ -57,12 +61,27 @@ def plan_channels(
             groups.append((choice, rank, [number]))
     shapes = {placement.tensor: placement.shape for placement in source}
     wanted = [engine_layout(rank.parameters, rank.packed, shapes, index) for index, (_, rank, _) in enumerate(groups)]
-    plan = plan_transfer(share(source), merge(share(layout) for layout in wanted))
+    destination = merge(share(layout) for layout in wanted)
+    check_complete(destination)
+    plan = plan_transfer(share(source), destination)
     run_name = secrets.token_hex(4)
+    hosts = Hosts([site.host for site in sites], [rank.reach.host for rank in ranks])
     return [
-        _channel(Ends(f"{run_name}-{index}", choice, members), rank, _copies(plan, index), timeout_s)
+        _channel(Ends(f"{run_name}-{index}", choice, members, timeout_s), rank, _copies(plan, index), hosts)
         for index, (choice, rank, members) in enumerate(groups)
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Hosts:
+    """The host of every train rank and of every engine rank."""
+
+    train: list[str]
+    engine: list[str]
+
+    def neighbours(self, own: list[str], others: list[str], rank: int, one_sided: bool) -> int:
+        """Processes that move weights on a rank's host while it does: of both sides if both are at work."""
+        return own.count(own[rank]) + (0 if one_sided else others.count(own[rank]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +91,23 @@ class Ends:
     name: str
     choice: "Choice"
     engine_ranks: list[int]
+    timeout_s: float
 
 
-def _channel(ends: Ends, rank: "EngineRank", copies: dict[int, list[Copy]], timeout_s: float) -> Channel:
+def _channel(ends: Ends, rank: "EngineRank", copies: dict[int, list[Copy]], hosts: Hosts) -> Channel:
     from transport.base import Link
     from workers.weights import Inlet, Outlet
 
     transport = make_transport(ends.choice.type)
     parameters = {name: (parameter.shape, parameter.dtype) for name, parameter in rank.parameters.items()}
     regions = transport.arrange(parameters, copies)
-    link = Link(ends.name, tuple(sorted(regions)), len(ends.engine_ranks), timeout_s)
-    outlets = {train_rank: Outlet(link, transport, region) for train_rank, region in regions.items()}
-    return Channel(ends.name, ends.choice, ends.engine_ranks, outlets, Inlet(link, transport, regions))
+    link = Link(ends.name, tuple(sorted(regions)), tuple(ends.engine_ranks), ends.timeout_s)
+    outlets = {}
+    for source, region in regions.items():
+        neighbours = hosts.neighbours(hosts.train, hosts.engine, source, transport.one_sided)
+        outlets[source] = Outlet(link, transport, region, neighbours)
+    neighbours = hosts.neighbours(hosts.engine, hosts.train, ends.engine_ranks[0], transport.one_sided)
+    return Channel(ends.name, ends.choice, ends.engine_ranks, outlets, Inlet(link, transport, regions, neighbours))
 
 
 def _copies(plan: Plan, destination: int) -> dict[int, list[Copy]]:
@@ -97,15 +121,21 @@ def _same_parameters(one: dict[str, EngineParameter], other: dict[str, EnginePar
 
 def make_transport(kind: str) -> "Transport":
     """The transport of one type, its libraries imported only here."""
+    from transport.collective import CollectiveTransport
     from transport.nixl import NixlTransport
     from transport.object_store import ObjectStoreTransport
     from transport.shared_memory import SharedMemoryTransport
+    from transport.stream import StreamTransport
 
     match kind:
         case "shared_memory":
             return SharedMemoryTransport()
         case "nixl":
             return NixlTransport()
+        case "collective":
+            return CollectiveTransport()
+        case "stream":
+            return StreamTransport()
         case "object_store":
             return ObjectStoreTransport()
     raise AssertionError(kind)

@@ -59,6 +59,10 @@ class RunLog:
         self._event({"event": "note", "text": text, "time": time.time()})
         self._messages.append({"kind": "note", "text": text})
 
+    def refit(self, report: dict[str, Any]) -> None:
+        """Record what a refit moved and how long each phase took."""
+        self._event({"event": "refit", "step": self.step, "time": time.time()} | report)
+
     def warm_start(self, step: int, steps: int, loss: float) -> None:
         self._messages.append({"kind": "warm_start", "step": step, "steps": steps, "loss": loss})
 

@@ -4,6 +4,7 @@ It holds actor handles, token ids and metadata, never a tensor. Components do no
 A recipe uses `launch_*` once, then per step `rollout`, `score`, `forward_backward`, `optim_step`, `refit`, `end_step`.
 """
 
+import dataclasses
 import functools
 import importlib
 import pathlib
@@ -122,17 +123,28 @@ class Orchestrator:
         self, folder: str, config: RolloutConfig, longest_prompt: int, transport: TransportConfig
     ) -> None:
         """Start the engines, without weights, and connect them to the trainer: the first refit fills them."""
+        from workers.lockstep import Ranks
         from workers.rollout import RolloutWorker, make_vllm_engine
 
-        self.log.phase(f"starting {config.num_workers} vLLM engines")
+        ranks = Ranks(config.tensor_parallel_size, self.config.deadline.launch_s, self.config.deadline.refit_s)
+        each = f" of {ranks.size} ranks" if ranks.size > 1 else ""
+        self.log.phase(f"starting {config.num_workers} vLLM engines{each}")
         deadline_s = self.config.deadline.launch_s
         length = longest_prompt + config.max_tokens
-        engine = functools.partial(make_vllm_engine, self.config.model, config, folder, length, self.config.seed)
-        placement = await place("rollout", config.num_workers, self._gpus_per_worker, deadline_s)
+        engine = functools.partial(
+            make_vllm_engine, self.config.model, config, folder, length, self.config.seed, peer_timeout_s=ranks.launch_s
+        )
+        placement = await place("rollout", config.num_workers * ranks.size, self._gpus_per_worker, deadline_s)
         options = actor_options(self._gpus_per_worker, max_concurrency=4, enable_tensor_transport=True)
-        self.rollouts = self.launch("rollout", RolloutWorker, placement, options, (engine,))
+        self.rollouts = self.launch("rollout", RolloutWorker, placement, options, (engine, ranks))
+        self._ranks_per_engine = ranks.size
+        if ranks.size > 1:
+            firsts = range(0, len(self.rollouts), ranks.size)
+            meet = await self.rollouts.scatter_some("rendezvous", dict.fromkeys(firsts, ()), deadline_s=deadline_s)
+            addresses = [(meet[rank - rank % ranks.size],) for rank in range(len(self.rollouts))]
+            await self.rollouts.scatter("start", addresses, deadline_s=deadline_s)
         self._weight_sync = WeightSync(
-            self.trainer, self.rollouts, transport, self.config.deadline.refit_s, 1, self.log.note
+            self.trainer, self.rollouts, transport, self.config.deadline.refit_s, ranks.size, self.log.note
         )
         await self._weight_sync.connect(deadline_s)
 
@@ -172,22 +184,28 @@ class Orchestrator:
     async def rollout(
         self, prompts_P: Sequence[Prompt], sampling: "SamplingSpec", purpose: str
     ) -> list[TrajectoryGroup]:
-        """Sample every prompt `sampling.n` times: one call per engine for all of them.
+        """Sample every prompt `sampling.n` times: one call per engine rank for all of them, on engines that serve.
 
         What is sampled is a function of the run's seed, the step, `purpose` and the engine, given its weights.
         """
         from workers.rollout import Request
 
-        num_engines = len(self.rollouts)
-        deadline_s = self.config.deadline.rollout_s
+        engines, deadline_s = self._weight_sync.life.serving(), self.config.deadline.rollout_s
+        assert engines, "no engine serves any weights: refit first"
         requests = [Request(str(index), prompt.tokens, sampling) for index, prompt in enumerate(prompts_P)]
-        arguments = [
-            (requests[rank::num_engines], derive_seed(self.config.seed, self.log.step, purpose, rank), deadline_s)
-            for rank in range(num_engines)
-        ]
+        arguments = {
+            engine * self._ranks_per_engine + rank: (
+                requests[turn :: len(engines)],
+                derive_seed(self.config.seed, self.log.step, purpose, engine),
+                deadline_s,
+                rank == 0,
+            )
+            for turn, engine in enumerate(engines)
+            for rank in range(self._ranks_per_engine)
+        }
         with self._times("rollout"):
-            answers = await self.rollouts.scatter("generate", arguments, deadline_s=deadline_s)
-        completions = {int(request_id): group for answer in answers for request_id, group in answer}
+            answers = await self.rollouts.scatter_some("generate", arguments, deadline_s=deadline_s)
+        completions = {int(request_id): group for answer in answers.values() for request_id, group in answer}
         return [
             TrajectoryGroup(prompt, [Trajectory(completion) for completion in completions[index]])
             for index, prompt in enumerate(prompts_P)
@@ -257,6 +275,9 @@ class Orchestrator:
             report = await self._weight_sync.refit(self.weight_version + 1)
         self.weight_version = report.version
         self._refit_report = report
+        self.log.refit(dataclasses.asdict(report))
+        for engine, reason in report.quarantined.items():
+            self.log.note(f"engine {engine} serves nothing until the next refit: {reason}")
         return report
 
     def end_step(self, step: int, metrics: dict[str, float]) -> None:

@@ -40,6 +40,8 @@ class VersionLife:
     def __init__(self) -> None:
         self.engines: dict[int, EngineLife] = {}
         self.readable: int | None = None
+        self.meets = False
+        """Whether the transport's two sides meet: engines then stage a version while it is written, else afterwards."""
         self._newest = -1
 
     def join(self, engine: int) -> None:
@@ -71,9 +73,10 @@ class VersionLife:
         self.readable = version
 
     def begin_stage(self, engine: int, version: int) -> None:
-        """Not before `version` is published, or, with a transport whose two sides meet, while it is."""
+        """An engine is told to bring `version` to itself."""
         life = self.engines[engine]
         assert version == self._newest and life.target is None and (life.newest is None or version > life.newest)
+        assert self.meets or version == self.readable, f"version {version} is still being written"
         life.state, life.target = State.STAGING, version
 
     def staged(self, engine: int, version: int) -> None:

@@ -78,7 +78,7 @@ class WeightSync:
         deadline_s: float, ranks_per_engine: int, note: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._trainer, self._rollout = trainer, rollout
-        self._config, self._deadline_s, self._note = config, deadline_s, note
+        self.config, self._deadline_s, self._note = config, deadline_s, note
         self._ranks_per_engine = ranks_per_engine
         self._channels: list[Channel] = []
         self._verified: set[int] = set()
@@ -96,9 +96,10 @@ class WeightSync:
             self._trainer.call("layout", deadline_s=deadline_s), self._trainer.call("site", deadline_s=deadline_s)
         )
         ranks = await self._rollout.call("describe_weights", sites, deadline_s=deadline_s)
-        self._channels = plan_channels(merge(layouts), sites, ranks, self._config, self._deadline_s)
+        self._channels = plan_channels(merge(layouts), sites, ranks, self.config, self._deadline_s)
         for reason in {channel.choice.reason: channel for channel in self._channels if channel.choice.reason}.values():
             self._note(f"transport {reason.choice.type}: {reason.choice.reason}")
+        self.life.meets = not self._is_one_sided
         await self._open(deadline_s)
         for engine in range(len(self._rollout) // self._ranks_per_engine):
             self.life.join(engine)
@@ -114,12 +115,11 @@ class WeightSync:
         offers = {
             channel.name: {rank: opened[rank][channel.name] for rank in channel.outlets} for channel in self._channels
         }
-        inlets = [self._channel_of(rank) for rank in range(len(self._rollout))]
+        channels = [self._channel_of(rank) for rank in range(len(self._rollout))]
+        inlets = [(channel.inlet_of(rank), offers[channel.name]) for rank, channel in enumerate(channels)]
         await asyncio.gather(
             self._trainer.call("attach", offers, deadline_s=deadline_s),
-            self._rollout.scatter(
-                "connect", [(channel.inlet, offers[channel.name]) for channel in inlets], deadline_s=deadline_s
-            ),
+            self._rollout.scatter("connect", inlets, deadline_s=deadline_s),
         )
 
     async def refit(self, version: int) -> RefitReport:
@@ -133,8 +133,8 @@ class WeightSync:
         async with self._lock:
             start = time.perf_counter()
             engines = [engine for engine in self.life.engines if self._answers(engine)]
-            verify = self._config.verify == "always" or (
-                self._config.verify == "first" and not self._verified.issuperset(engines)
+            verify = self.config.verify == "always" or (
+                self.config.verify == "first" and not self._verified.issuperset(engines)
             )
             self.life.begin_publish(version)
             publish = asyncio.ensure_future(self._trainer.call("publish", version, verify, deadline_s=self._deadline_s))
@@ -145,6 +145,8 @@ class WeightSync:
             published: list[Publication] = await publish
             self._verified |= set(self.life.serving()) if verify else set()
             if not self.life.serving():
+                # Where every engine failed, a train rank may be the cause: it is blamed instead if it is dead.
+                await self._trainer.call("describe", deadline_s=self._deadline_s)
                 reasons = "; ".join(self.life.quarantined().values())
                 raise RefitFailed(f"no engine serves version {version}: {reasons}")
             return self._report(version, verify, time.perf_counter() - start, published, [o for o in outcomes if o])

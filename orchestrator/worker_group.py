@@ -101,16 +101,15 @@ class WorkerGroup(Generic[W]):
         if failed:
             # A peer may notice a death before Ray does: wait for all, then blame the dead before those who complain.
             await asyncio.wait(pending.values(), timeout=PEER_GRACE_S)
-            errors = {r: future.exception() for r, future in pending.items() if future.done() or not future.cancel()}
+            errors = {rank: future.exception() for rank, future in pending.items() if future.done()}
+            self._remember_late(pending)
             dead = [rank for rank, error in errors.items() if isinstance(error, ray.exceptions.RayActorError)]
             failed = dead or failed
             causes = [f"{self.role}/{rank} failed in {method}: {_cause(errors[rank])}" for rank in failed]
             raise WorkerFailed("; ".join(causes)) from errors[failed[0]]
         if late:
             names = ", ".join(f"{self.role}/{rank}" for rank, future in pending.items() if not future.done())
-            for rank, future in pending.items():
-                if future in late:
-                    self._late.setdefault(rank, []).append(future)
+            self._remember_late(pending)
             raise DeadlineExceeded(f"{names} did not answer {method} within {deadline_s:.0f} s")
         results = {}
         for rank, future in pending.items():
@@ -118,6 +117,18 @@ class WorkerGroup(Generic[W]):
             self._observe(f"{self.role}/{rank}", method, timed)
             results[rank] = timed.result
         return results
+
+    def _remember_late(self, pending: "dict[int, asyncio.Future[Timed]]") -> None:
+        for rank, future in pending.items():
+            if not future.done():
+                future.add_done_callback(_retrieve)
+                self._late.setdefault(rank, []).append(future)
+
+
+def _retrieve(future: "asyncio.Future[Timed]") -> None:
+    """Nobody waits for this answer any more; without a look at its error asyncio would complain."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _cause(error: BaseException | None) -> str:

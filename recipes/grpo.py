@@ -54,7 +54,7 @@ class Config(RecipeConfig):
 
     def num_model_workers(self) -> int:
         reference = self.trainer.num_workers if self.algorithm.kl_coef > 0 else 0
-        return self.trainer.num_workers + self.rollout.num_workers + reference
+        return self.trainer.num_workers + self.rollout.num_workers * self.rollout.tensor_parallel_size + reference
 
     def num_workers(self) -> int:
         return self.num_model_workers() + self.environment.num_workers

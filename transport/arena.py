@@ -129,7 +129,7 @@ def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
     num_bytes = max(aligned(num_bytes, mmap.PAGESIZE), mmap.PAGESIZE)
     if device.type != "cpu":
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    pages = mmap.mmap(-1, num_bytes)
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared ones get no huge pages
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8).zero_()

@@ -47,6 +47,7 @@ class Reach:
     can_share: bool
     can_read: bool
     why_not_shared: str = ""
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class Probe:
 def reach(sites: list[Site], device: str) -> Reach:
     """Try every train rank from this process."""
     if any(site.host != host_identity() for site in sites):
-        return Reach(device, False, False, False, "trainer and engine are on different hosts")
+        return Reach(device, False, False, False, "trainer and engine are on different hosts", host_identity())
     why_not = ""
     for site in sites:
         try:
@@ -89,7 +90,7 @@ def reach(sites: list[Site], device: str) -> Reach:
         except OSError as error:
             why_not = why_not or str(error)
     can_read = all(can_read_memory_of(site.pid, site.address, site.expected) for site in sites)
-    return Reach(device, True, not why_not, can_read, why_not)
+    return Reach(device, True, not why_not, can_read, why_not, host_identity())
 
 
 def choose(wanted: str, sites: list[Site], engine: Reach) -> Choice:

@@ -33,12 +33,17 @@ Offers = Mapping[int, Any]
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """The identity of a channel's two ends: `name` is unique in the run, and fit for a file name."""
+    """The identity of a channel's two ends: `name` is unique in the run, and fit for a file name.
+
+    Train ranks are at one end, rollout ranks at the other; `receiver_rank` is the one of these that the link was given
+    to, -1 at a source.
+    """
 
     name: str
     source_ranks: tuple[int, ...]
-    num_receivers: int
+    receiver_ranks: tuple[int, ...]
     timeout_s: float
+    receiver_rank: int = -1
 
 
 @dataclass(frozen=True, slots=True)

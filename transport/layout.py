@@ -77,23 +77,22 @@ Layout = list[Placement]
 
 
 def merge(layouts: Iterable[Layout]) -> Layout:
-    """The layout of a group from those of its ranks, in the order of the first rank that holds each tensor.
+    """The layout of a group from those of its ranks, in the order of the first rank that holds each tensor. One that
+    ranks keep in different dtypes stays a placement for each of these.
 
     Raises:
-        AssertionError: ranks disagree on a tensor's global shape or dtype.
+        AssertionError: ranks disagree on a tensor's global shape.
     """
-    grouped: dict[tuple[str, str], list[Placement]] = {}
+    grouped: dict[tuple[str, str, str], list[Placement]] = {}
     for layout in layouts:
         for placement in layout:
-            grouped.setdefault((placement.tensor, placement.storage), []).append(placement)
+            grouped.setdefault((placement.tensor, placement.storage, placement.dtype), []).append(placement)
     shared: dict[tuple[int, ...], tuple[Shard, ...]] = {}
     merged = []
-    for (tensor, storage), placements in grouped.items():
+    for (tensor, storage, _), placements in grouped.items():
         first = placements[0]
         for other in placements:
-            assert (other.shape, other.dtype) == (first.shape, first.dtype), (
-                f"{tensor}: {first.shape} {first.dtype} on one rank, {other.shape} {other.dtype} on another"
-            )
+            assert other.shape == first.shape, f"{tensor}: {first.shape} on one rank, {other.shape} on another"
         key = tuple(id(placement.shards) for placement in placements)
         shards = shared.get(key)
         if shards is None:

@@ -11,13 +11,12 @@ import fcntl
 import mmap
 import os
 import pathlib
-import warnings
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from transport.arena import aligned
+from transport.pages import map_shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +24,7 @@ class Handle:
     """An owner's open file: its process, since when that runs, the descriptor, and the file's inode and size."""
 
     pid: int
-    started_s: float
+    started_ticks: int
     descriptor: int
     inode: int
     num_bytes: int
@@ -42,9 +41,9 @@ class SharedBuffer:
         num_bytes = max(aligned(num_bytes, mmap.PAGESIZE), mmap.PAGESIZE)
         self._descriptor = os.memfd_create("rayfit-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.posix_fallocate(self._descriptor, 0, num_bytes)
-        self.flat = _map(self._descriptor, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
+        self.flat = map_shared(self._descriptor, num_bytes, writable=True)
         inode = os.fstat(self._descriptor).st_ino
-        self.handle = Handle(os.getpid(), psutil.Process().create_time(), self._descriptor, inode, num_bytes)
+        self.handle = Handle(os.getpid(), started_ticks(os.getpid()), self._descriptor, inode, num_bytes)
 
     def seal(self) -> None:
         """From now on no process can map the file for writing, or change its size."""
@@ -75,24 +74,17 @@ def open_buffer(handle: Handle, writable: bool) -> torch.Tensor:
         raise SharedMemoryUnavailable(f"the memory of process {handle.pid} cannot be opened: {error}") from error
     try:
         # A process id is used again after its process has ended, a descriptor even sooner.
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if (
-                psutil.Process(handle.pid).create_time() == handle.started_s
-                and os.fstat(descriptor).st_ino == handle.inode
-            ):
-                protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-                return _map(descriptor, handle.num_bytes, protection)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if started_ticks(handle.pid) == handle.started_ticks and os.fstat(descriptor).st_ino == handle.inode:
+                return map_shared(descriptor, handle.num_bytes, writable)
         raise SharedMemoryUnavailable(f"process {handle.pid} is not the owner of the memory any more")
     finally:
         os.close(descriptor)
 
 
-def _map(descriptor: int, num_bytes: int, protection: int) -> torch.Tensor:
-    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-    pages = mmap.mmap(descriptor, num_bytes, flags, protection)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(pages, dtype=torch.uint8)
+def started_ticks(pid: int) -> int:
+    """When a process began, in clock ticks since the machine's boot, which setting the clock does not move."""
+    return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
 def host_identity() -> str:

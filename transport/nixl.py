@@ -6,6 +6,7 @@ tensors.
 """
 
 import importlib
+import mmap
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,7 @@ import ray
 import torch
 from ray.experimental import register_nixl_memory, set_target_for_ref
 
-from transport.arena import Region, allocate, image, run
+from transport.arena import Region, aligned, allocate, image, run
 from transport.base import Copies, Landed, Landing, Link, Offers, Parameters
 from transport.packing import Packed, Packer, Unpacker
 
@@ -72,7 +73,7 @@ class NixlReceiver:
             unpackers = {}
             for rank, region in regions.items():
                 if self._is_image:
-                    flat = landing.flat(half, region.num_bytes)
+                    flat = landing.flat(half, region.num_bytes)[: aligned(region.num_bytes, mmap.PAGESIZE)]
                 else:
                     flat = allocate(region.num_bytes, landing.device)
                 register_nixl_memory(flat)

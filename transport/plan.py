@@ -76,7 +76,10 @@ def plan_transfer(source: Layout, destination: Layout) -> Plan:
         PlanError: a destination tensor is unknown to the source, has another shape there, or is not fully covered; or
             a source tensor has no place in the destination.
     """
-    held = {placement.tensor: placement for placement in source}
+    held: dict[str, Placement] = {}
+    for placement in source:
+        other = held.setdefault(placement.tensor, placement)
+        assert other is placement, f"{placement.tensor}: {other.dtype} on one train rank, {placement.dtype} on another"
     _check_tensors(held, destination)
     known: dict[tuple[int, int, int], tuple[Moves, dict[int, int]]] = {}
     load: dict[int, int] = defaultdict(int)
@@ -127,7 +130,7 @@ def _moves(holder: Placement, wanted: Placement, first: int) -> Moves:
 
 def _fill(tensor: str, wanted: Shard, held: list[Shard]) -> list[tuple[int, Move]]:
     """Moves for one destination shard; what several ranks hold is taken from the first of them."""
-    filled, missing = [], [wanted.box]
+    filled, missing = [], [wanted.box] if wanted.box.size > 0 else []
     for shard in held:
         if not missing:
             break

@@ -38,13 +38,16 @@ class Completion:
     """What an engine sampled after a prompt.
 
     `logprobs` are those of the distribution that was sampled from, one per token; `finish_reason` is "stop" or
-    "length"; `weight_version` is the version that sampled every token.
+    "length"; `weight_version` is the version that sampled every token, or the oldest one if engines were refitted
+    meanwhile.
     """
 
     tokens: list[int]
     logprobs: list[float]
     finish_reason: str
     weight_version: int
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    """Where several versions sampled it: each with its number of tokens, in order."""
 
 
 @dataclass(slots=True)

@@ -2,10 +2,14 @@
 
 Create and step it on one thread. Weights stay plain: on CPU vLLM would prepack them into layouts that cannot be
 written in place, so its linear layers are told not to, and MoE experts keep a plain copy that each commit prepacks.
+
+With `rollout.tensor_parallel_size` above 1 this process is one rank of the engine (vLLM's external launcher), and the
+environment says which: workers/lockstep.py. The same on CUDA, one GPU per process; not run there yet.
 """
 
+import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 os.environ |= {
@@ -22,14 +26,31 @@ if not torch.cuda.is_available():
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # vLLM compiles a helper on CPU whatever eager says: 8 s
 
 from vllm import EngineArgs, SamplingParams
+from vllm.model_executor.layers import layernorm
 from vllm.model_executor.layers import utils as vllm_layers
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from configs.schema import ModelConfig, RolloutConfig
-from transport.names import EngineParameter
+from transport.names import Cut, EngineParameter
 from transport.types import Completion
 from workers.engine import SamplingSpec
 
@@ -43,13 +64,18 @@ class VllmEngine:
     Args:
         max_model_len: longest prompt and completion together, in tokens.
         load_format: vLLM's; "dummy" loads nothing, for weights that come with the first refit.
+        peer_timeout_s: longest wait for the engine's other ranks in a collective.
     """
 
     def __init__(
-        self, model: ModelConfig, config: RolloutConfig, folder: str, max_model_len: int, seed: int, load_format: str
-    ) -> None:
+        self, model: ModelConfig, config: RolloutConfig, folder: str, max_model_len: int, seed: int, load_format: str,
+        peer_timeout_s: float,
+    ) -> None:  # fmt: skip
+        self._num_ranks = config.tensor_parallel_size
         if current_platform.is_cpu():
             _keep_plain_weights()
+        if self._num_ranks > 1:
+            _meet_by_gloo()
         arguments = EngineArgs(
             model=folder,
             revision=model.revision,
@@ -68,6 +94,7 @@ class VllmEngine:
             enable_prefix_caching=max_model_len - config.max_tokens >= KV_BLOCK_TOKENS,
             disable_log_stats=True,
             seed=seed % 2**31,
+            **(_parallel_arguments(self._num_ranks, peer_timeout_s) if self._num_ranks > 1 else {}),
         )
         self._engine = LLMEngine.from_engine_args(arguments)
         self._engine.set_weight_version("0")
@@ -114,7 +141,7 @@ class VllmEngine:
 
     def describe_parameters(self) -> dict[str, EngineParameter]:
         return {
-            name: EngineParameter(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            name: describe_parameter(name, tensor, self._model, self._num_ranks)
             for name, tensor in self.parameters().items()
         }
 
@@ -146,6 +173,7 @@ def default_kv_cache_bytes(folder: str, config: RolloutConfig, max_model_len: in
     model = AutoConfig.from_pretrained(folder).get_text_config()
     heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
     head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    heads = max(heads // config.tensor_parallel_size, 1)
     token_bytes = 2 * model.num_hidden_layers * heads * head_dim * getattr(torch, config.dtype).itemsize
     # vLLM counts whole blocks, and keeps one for itself.
     sequence_bytes = token_bytes * (max_model_len + 2 * CPU_BLOCK_TOKENS)
@@ -170,9 +198,9 @@ def stop_token_ids(hf_config: Any, folder: str) -> list[int]:
 def _completion(sample: Any) -> Completion:
     tokens = list(sample.token_ids)
     logprobs = [entry[token].logprob for entry, token in zip(sample.logprobs, tokens, strict=True)]
-    versions = {int(span.version) for span in sample.weight_versions}
-    assert len(versions) == 1, f"a completion was sampled under weight versions {sorted(versions)}"
-    return Completion(tokens, logprobs, sample.finish_reason, versions.pop())
+    spans = [(int(span.version), span.end - span.start) for span in sample.weight_versions]
+    oldest = min(version for version, _ in spans)
+    return Completion(tokens, logprobs, sample.finish_reason, oldest, spans if len(spans) > 1 else [])
 
 
 PLAIN_EXPERTS = "plain_expert_weights"
@@ -205,3 +233,127 @@ def _prepack_experts(module: Any) -> None:
     for name, tensor in getattr(module, PLAIN_EXPERTS).items():
         setattr(module, name, torch.nn.Parameter(tensor, requires_grad=False))
     module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(module)
+
+
+def _parallel_arguments(num_ranks: int, timeout_s: float) -> dict[str, Any]:
+    """vLLM's arguments for one rank of several, each a process that is launched by us and sees its own device only."""
+    return {
+        "tensor_parallel_size": num_ranks,
+        "distributed_executor_backend": "external_launcher",
+        "distributed_timeout_seconds": int(timeout_s),
+        "cpu_distributed_timeout_seconds": int(timeout_s),
+        "disable_custom_all_reduce": True,  # it opens the other ranks' devices, which this process does not see
+    }
+
+
+def _meet_by_gloo() -> None:
+    """Ranks on CPU reduce by gloo, and nowhere do they broadcast objects through shared memory.
+
+    Under the external launcher vLLM's own CPU reduction would use segments of one name for every engine of a host, and
+    its ranks spin while they wait, for ever if one dies. Segments of both kinds outlive a rank that is killed.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+
+    def no_shared_memory(self: Any) -> bool:
+        return False
+
+    def no_queue(*arguments: Any, **more: Any) -> None:
+        return None
+
+    CpuCommunicator._all_group_ranks_share_shm_group_name = no_shared_memory  # type: ignore[method-assign]
+    MessageQueue.create_from_process_group = staticmethod(no_queue)  # type: ignore[assignment, method-assign]
+
+
+def describe_parameter(name: str, tensor: torch.Tensor, model: torch.nn.Module, num_ranks: int) -> EngineParameter:
+    """What a rank holds of a parameter, by the layer that it belongs to; with a refusal if that is not known."""
+    plain = EngineParameter(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+    if num_ranks == 1:
+        return plain
+    path, _, kind = name.rpartition(".")
+    layer = model.get_submodule(path)
+    method = getattr(layer, "quant_method", None)
+    if method is not None and not isinstance(method, UNQUANTIZED):
+        return dataclasses.replace(plain, refusal=f"a refit cannot cut weights of {type(method).__name__} over ranks")
+    cut = CUTS.get(type(layer))
+    if cut is not None:
+        return cut(plain, layer, kind)
+    if isinstance(layer, WHOLE) or type(layer).__module__ == layernorm.__name__:
+        return plain
+    refusal = f"it is not known how {type(layer).__name__} is cut over {num_ranks} ranks; use tensor_parallel_size 1"
+    return dataclasses.replace(plain, refusal=refusal)
+
+
+def _column(plain: EngineParameter, layer: Any, kind: str) -> EngineParameter:
+    sizes = getattr(layer, "output_sizes", [layer.output_size])
+    return dataclasses.replace(plain, cuts=tuple(_share(0, size, layer.tp_rank, layer.tp_size) for size in sizes))
+
+
+def _qkv(plain: EngineParameter, layer: Any, kind: str) -> EngineParameter:
+    """Ranks beyond the number of kv heads hold a kv head together."""
+    of_kv = layer.tp_rank // layer.num_kv_head_replicas, layer.tp_size // layer.num_kv_head_replicas
+    return dataclasses.replace(
+        plain,
+        cuts=(
+            _share(0, layer.total_num_heads * layer.head_size, layer.tp_rank, layer.tp_size),
+            _share(0, layer.total_num_kv_heads * layer.head_size, *of_kv),
+            _share(0, layer.total_num_kv_heads * layer.v_head_size, *of_kv),
+        ),
+    )
+
+
+def _row(plain: EngineParameter, layer: Any, kind: str) -> EngineParameter:
+    if kind == "bias":
+        return plain
+    return dataclasses.replace(plain, cuts=(_share(1, layer.input_size, layer.tp_rank, layer.tp_size),))
+
+
+def _vocabulary(plain: EngineParameter, layer: Any, kind: str) -> EngineParameter:
+    """The padded vocabulary is cut; what this rank has of the real one comes first."""
+    if layer.num_added_embeddings > 0:
+        return dataclasses.replace(plain, refusal="a refit cannot fill embeddings that were added to the vocabulary")
+    start, num = layer.shard_indices.org_vocab_start_index, layer.shard_indices.num_org_elements
+    padding = layer.num_embeddings_per_partition - num
+    return dataclasses.replace(plain, cuts=(Cut(0, start, num, layer.org_vocab_size),), padding=padding)
+
+
+def _experts(plain: EngineParameter, layer: Any, kind: str) -> EngineParameter:
+    """A range of the experts, and of each a share of its gate, up and down projection."""
+    parallel, backend = layer.moe_config.moe_parallel_config, layer.quant_method.unquantized_backend
+    if backend not in PLAIN_BACKENDS or layer.is_fused_checkpoint_transposed or parallel.enable_eplb:
+        return dataclasses.replace(plain, refusal=f"a refit does not know the layout of experts for {backend.value}")
+    where = [] if layer._expert_map is None else layer._expert_map.tolist()
+    held = [index for index, at in enumerate(where) if at >= 0]
+    if held and held != list(range(held[0], held[0] + layer.local_num_experts)):
+        return dataclasses.replace(plain, refusal="a refit needs the experts of a rank to be consecutive")
+    experts = (Cut(0, min(held, default=0), len(held), layer.global_num_experts),) if where else ()
+    share = _share(1, layer.moe_config.intermediate_size, parallel.tp_rank, parallel.tp_size)
+    match kind:
+        case "w13_weight":
+            sections = (share, share) if layer.moe_config.is_act_and_mul else (share,)
+        case "w2_weight":
+            sections = (dataclasses.replace(share, dimension=2),)
+        case _:
+            return dataclasses.replace(plain, refusal=f"a refit does not know how the experts' {kind} is cut")
+    return dataclasses.replace(plain, cuts=experts + sections)
+
+
+def _share(dimension: int, whole: int, rank: int, num_ranks: int) -> Cut:
+    return Cut(dimension, rank * (whole // num_ranks), whole // num_ranks, whole)
+
+
+UNQUANTIZED = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod, UnquantizedFusedMoEMethod)
+PLAIN_BACKENDS = (UnquantizedMoeBackend.CPU, UnquantizedMoeBackend.TRITON, UnquantizedMoeBackend.BATCHED_TRITON)
+"""MoE kernels that take the experts as they are trained: gate rows, then up rows."""
+CUTS: dict[type, Callable[[EngineParameter, Any, str], EngineParameter]] = {
+    ColumnParallelLinear: _column,
+    MergedColumnParallelLinear: _column,
+    QKVParallelLinear: _qkv,
+    RowParallelLinear: _row,
+    VocabParallelEmbedding: _vocabulary,
+    ParallelLMHead: _vocabulary,
+    RoutedExperts: _experts,
+}
+"""Layers that cut their parameters over ranks; a subclass may do it in another way, so it is not taken for its base."""
+WHOLE = (ReplicatedLinear, torch.nn.Linear, torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.Embedding)
+"""Layers that every rank holds whole; that they do, their shape shows."""

@@ -5,17 +5,21 @@ thread runs between two steps, and waits for its result. `stage` is the exceptio
 the caller's thread while the engine goes on decoding.
 
 Who waits: `collect` until enough requests have finished, `commit` and `submit` for at most one engine step. Who frees
-them: the engine thread; if it dies, every present and later caller gets its exception.
+them: the engine thread; if it dies, every present and later caller gets its exception. An engine may have several
+ranks, each an actor of ours that gets the same calls; workers/lockstep.py keeps them in step.
 """
 
+import functools
+import os
 import queue
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from configs.schema import ModelConfig, RolloutConfig
 from transport.auto import Reach, Site, reach
@@ -23,8 +27,20 @@ from transport.base import Offers
 from transport.names import EngineParameter
 from transport.packing import Packed
 from transport.receipt import VerificationError
-from transport.types import Completion
 from workers.engine import Engine, SamplingSpec
+from workers.lockstep import (
+    Agenda,
+    Command,
+    Finished,
+    LockstepAgenda,
+    Posted,
+    RankGroup,
+    Ranks,
+    RanksDisagree,
+    join_ranks,
+    launcher_environment,
+)
+from workers.mesh import open_rendezvous
 from workers.weights import Inlet, Staged, WeightReceiver
 from workers.worker import Worker
 
@@ -48,12 +64,13 @@ class EngineRank:
 
 
 def make_vllm_engine(
-    model: ModelConfig, config: RolloutConfig, folder: str, max_model_len: int, seed: int, load_format: str = "dummy"
-) -> Engine:
+    model: ModelConfig, config: RolloutConfig, folder: str, max_model_len: int, seed: int, load_format: str = "dummy",
+    peer_timeout_s: float = 300.0,
+) -> Engine:  # fmt: skip
     """A VllmEngine, imported here because importing vllm takes seconds and only the engine's process needs it."""
     from workers.engine_vllm import VllmEngine
 
-    return VllmEngine(model, config, folder, max_model_len, seed, load_format)
+    return VllmEngine(model, config, folder, max_model_len, seed, load_format, peer_timeout_s)
 
 
 class EngineFailed(RuntimeError):  # noqa: N818
@@ -61,24 +78,38 @@ class EngineFailed(RuntimeError):  # noqa: N818
 
 
 class EngineThread:
-    """Owns the engine: creates, steps and closes it on its own thread."""
+    """Owns the engine: creates, steps and closes it on its own thread.
 
-    def __init__(self, make_engine: Callable[[], Engine]) -> None:
-        self._commands: queue.SimpleQueue[tuple[Callable[[Engine], Any], Future[Any]] | None] = queue.SimpleQueue()
-        self._finished: list[tuple[str, list[Completion]]] = []
+    Args:
+        join: for an engine that has several ranks, meets the others; waits for them on the engine's thread.
+    """
+
+    def __init__(self, make_engine: Callable[[], Engine], join: Callable[[], RankGroup] | None = None) -> None:
+        self._posted: Posted = queue.SimpleQueue()
+        self._agenda = Agenda(self._posted)
+        self._finished: list[Finished] = []
         self._changed = threading.Condition()
         self._error: EngineFailed | None = None
-        self._thread = threading.Thread(target=self._main, args=(make_engine,), name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._main, args=(make_engine, join), name="engine", daemon=True)
         self._thread.start()
 
-    def run(self, command: Callable[[Engine], Any]) -> Any:
-        """Run `command(engine)` between two steps and return its result."""
-        future: Future[Any] = Future()
-        self._commands.put((command, future))
-        self._check()
-        return future.result()
+    def run(self, command: Callable[[Engine], Any], key: str | None = None) -> Any:
+        """Run `command(engine)` between two steps and return its result.
 
-    def take_finished(self, num: int, timeout_s: float) -> list[tuple[str, list[Completion]]]:
+        Args:
+            key: the command's name on every rank of the engine: all run it before the same step, so all must be given
+                it. None: it changes nothing that the ranks have in common.
+        """
+        posted = Command(command, key)
+        self._posted.put(posted)
+        self._check()
+        return posted.future.result()
+
+    def unanimous(self, check: Callable[[], None]) -> None:
+        """Within a command that has a key: raises VerificationError on every rank if `check()` does on one."""
+        self._agenda.unanimous(check)
+
+    def take_finished(self, num: int, timeout_s: float) -> list[Finished]:
         """Wait until `num` requests have finished and return all that have."""
         with self._changed:
             done = self._changed.wait_for(lambda: len(self._finished) >= num or self._error is not None, timeout_s)
@@ -89,19 +120,17 @@ class EngineThread:
             return taken
 
     def close(self) -> None:
-        self._commands.put(None)
+        self._posted.put(None)
         self._thread.join(timeout=10)
 
-    def _main(self, make_engine: Callable[[], Engine]) -> None:
+    def _main(self, make_engine: Callable[[], Engine], join: Callable[[], RankGroup] | None) -> None:
         try:
+            if join is not None:
+                self._agenda = LockstepAgenda(self._posted, join())
             engine = make_engine()
             while self._run_commands(engine):
                 if engine.has_unfinished_requests():
-                    finished = engine.step()
-                    if finished:
-                        with self._changed:
-                            self._finished += finished
-                            self._changed.notify_all()
+                    self._agenda.hold(engine.step())
             engine.close()
             self._end(EngineFailed("the engine has been closed"))
         except BaseException as error:
@@ -109,23 +138,26 @@ class EngineThread:
             raise
 
     def _run_commands(self, engine: Engine) -> bool:
-        """Run what was posted; wait for a command if there is nothing to decode. False: close."""
-        while True:
-            try:
-                item = self._commands.get(block=not engine.has_unfinished_requests())
-            except queue.Empty:
-                return True
-            if item is None:
+        """Run what is next, and hand out what has finished. False: close."""
+        self._agenda.prepare(engine.has_unfinished_requests())
+        finished = self._agenda.release()
+        if finished:
+            with self._changed:
+                self._finished += finished
+                self._changed.notify_all()
+        while self._agenda.ready:
+            command = self._agenda.ready.popleft()
+            if command is None:
                 return False
-            command, future = item
-            if future.set_running_or_notify_cancel():
+            if command.future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(command(engine))
+                    command.future.set_result(command.run(engine))
                 except VerificationError as error:  # refused before anything was changed
-                    future.set_exception(error)
-                except Exception as error:
-                    future.set_exception(EngineFailed(f"{type(error).__name__}: {error}"))
+                    command.future.set_exception(error)
+                except BaseException as error:
+                    command.future.set_exception(EngineFailed(f"{type(error).__name__}: {error}"))
                     raise
+        return True
 
     def _check(self) -> None:
         if self._error is not None:
@@ -135,19 +167,41 @@ class EngineThread:
         with self._changed:
             self._error = error
             self._changed.notify_all()
-        while not self._commands.empty():
-            item = self._commands.get()
-            if item is not None:
-                item[1].set_exception(error)
+        for command in self._agenda.abandon():
+            command.future.set_exception(error)
 
 
 class RolloutWorker(Worker):
-    """One engine rank and its end of the refit."""
+    """One engine rank and its end of the refit.
 
-    def __init__(self, rank: int, world_size: int, make_engine: Callable[[], Engine]) -> None:
+    Args:
+        ranks: how many ranks an engine has; rank r of the group is rank r % size of engine r // size. With several, an
+            engine is made at `start`, when the ranks know where to meet.
+    """
+
+    def __init__(
+        self, rank: int, world_size: int, make_engine: Callable[[], Engine], ranks: Ranks | None = None
+    ) -> None:
         torch.set_num_threads(1)
         self.rank = rank
-        self._engine = EngineThread(make_engine)
+        self._make_engine, self._ranks = make_engine, ranks
+        self._store: dist.TCPStore | None = None
+        if ranks is None or ranks.size == 1:
+            self._engine = EngineThread(make_engine)
+
+    def rendezvous(self) -> str:
+        """Called on the first rank of an engine that has several: the address that each of them passes to `start`."""
+        assert self._ranks is not None
+        self._store, address = open_rendezvous(self._ranks.size, self._ranks.launch_s)
+        return address
+
+    def start(self, address: str) -> None:
+        """Make this rank's part of an engine that has several. Returns before it is ready."""
+        ranks = self._ranks
+        assert ranks is not None
+        rank = self.rank % ranks.size
+        os.environ |= launcher_environment(address, rank, ranks)
+        self._engine = EngineThread(self._make_engine, functools.partial(join_ranks, self._store, address, rank, ranks))
 
     def describe_weights(self, sites: list[Site]) -> EngineRank:
         """What this engine rank serves, and how far it reaches into the train ranks' memory."""
@@ -168,8 +222,19 @@ class RolloutWorker(Worker):
         return self._weights.stage(version, packed)
 
     def commit(self, version: int) -> float:
-        """Between two engine steps, make the staged version the one that is served. Returns the engine's stall in s."""
-        return self._engine.run(lambda engine: self._weights.commit(engine, version))
+        """Between two engine steps, make the staged version the one that is served, on every rank of the engine or on
+        none. Returns the engine's stall in s."""
+
+        def swap(engine: Engine) -> float:
+            start = time.perf_counter()
+            self._engine.unanimous(lambda: self._weights.check(version))
+            try:
+                self._weights.commit(engine, version)
+            except VerificationError as error:  # the other ranks have committed: this one must not go on
+                raise RanksDisagree(f"rank {self.rank} could not commit what it had checked: {error}") from error
+            return time.perf_counter() - start
+
+        return self._engine.run(swap, key=f"commit version {version}")
 
     def submit(self, requests: list[Request], seed: int) -> None:
         """Start a whole batch of requests; what an idle engine samples for them is a function of the seed."""
@@ -179,16 +244,22 @@ class RolloutWorker(Worker):
             for request in requests:
                 engine.add_request(request.request_id, request.prompt_token_ids, request.sampling)
 
-        self._engine.run(add)
+        first = f" from {requests[0].request_id} on" if requests else ""
+        self._engine.run(add, key=f"add {len(requests)} requests{first} with seed {seed}")
 
-    def collect(self, num: int, timeout_s: float) -> list[tuple[str, list[Completion]]]:
+    def collect(self, num: int, timeout_s: float) -> list[Finished]:
         """Wait until `num` requests have finished; returns (request_id, completions) of all that have."""
         return self._engine.take_finished(num, timeout_s)
 
-    def generate(self, requests: list[Request], seed: int, timeout_s: float) -> list[tuple[str, list[Completion]]]:
-        """Submit a whole batch and collect all of it: one actor call for a synchronous step."""
+    def generate(self, requests: list[Request], seed: int, timeout_s: float, answer: bool = True) -> list[Finished]:
+        """Submit a whole batch and collect all of it: one actor call for a synchronous step.
+
+        Args:
+            answer: false returns nothing, for ranks of an engine whose first one returns the same completions.
+        """
         self.submit(requests, seed)
-        return self.collect(len(requests), timeout_s)
+        finished = self.collect(len(requests), timeout_s)
+        return finished if answer else []
 
     def close(self) -> None:
         self._engine.close()

@@ -13,18 +13,21 @@ import torch
 
 from transport.arena import Region
 from transport.base import Landing, Link, Offers, Publisher, Receiver, Transport
-from transport.packing import Packed, narrow
+from transport.packing import FusedCopy, Packed, narrow
 from transport.receipt import VerificationError
+from transport.team import set_team_size
 from workers.engine import Engine
 
 
 @dataclass(frozen=True, slots=True)
 class Outlet:
-    """A train rank's end of one channel: its link, its transport and what it sends there."""
+    """A train rank's end of one channel: its link, its transport, what it sends there, and how many processes of its
+    host work at the same time."""
 
     link: Link
     transport: Transport
     region: Region
+    num_neighbours: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +40,12 @@ class Publication:
 
 @dataclass(frozen=True, slots=True)
 class Inlet:
-    """An engine rank's end of its channel."""
+    """An engine rank's end of its channel, and how many processes of its host work at the same time."""
 
     link: Link
     transport: Transport
     regions: dict[int, Region]
+    num_neighbours: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,7 @@ class WeightSender:
 
     def open(self, outlets: list[Outlet]) -> dict[str, Any]:
         """Make this rank's buffers. Returns what it offers, by channel."""
+        set_team_size(max((outlet.num_neighbours for outlet in outlets), default=1))
         for outlet in outlets:
             self._publishers[outlet.link.name] = outlet.transport.publisher(
                 outlet.link, outlet.region, self._sources, self._device
@@ -97,14 +102,13 @@ class WeightReceiver:
     was staged, whole, and only once.
     """
 
-    def __init__(self, inlet: Inlet, offers: Offers, engine: Engine) -> None:
+    def __init__(self, inlet: Inlet, offers: Offers, engine: Engine, landing: Landing | None = None) -> None:
+        set_team_size(inlet.num_neighbours)
         self._regions, self._turns = inlet.regions, engine.turns
-        parameters = engine.parameters()
-        described = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in parameters.items()}
-        self._landing = Landing(described, next(iter(parameters.values())).device, engine.turns)
+        self._landing = landing or make_landing(engine)
         self._receiver: Receiver = inlet.transport.receiver(inlet.link, inlet.regions, self._landing, offers)
         self._images: dict[int, dict[str, torch.Tensor]] = {}
-        self._copies: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        self._copies: dict[int, FusedCopy] = {}
         self._staging = threading.Lock()
         self._staged_version: int | None = None
         self._num_bytes = sum(region.payload_bytes for region in inlet.regions.values())
@@ -121,41 +125,48 @@ class WeightReceiver:
             self._staged_version = version
         return Staged(landed.pull_s, landed.verify_s, self._num_bytes)
 
+    def check(self, version: int) -> None:
+        """Raises VerificationError unless `version` is what was staged last, whole, and still is what it was."""
+        if self._staged_version != version:
+            raise VerificationError(f"commit of version {version}, but {self._staged_version} is staged")
+        self._receiver.check(version)
+
     def commit(self, engine: Engine, version: int) -> float:
         """Make the staged version the one that is served. Returns the engine's stall in seconds.
 
         Raises:
-            VerificationError: another version has taken its place since it was staged.
+            VerificationError: another version has taken its place since it was staged; nothing was changed.
         """
-        if self._staged_version != version:
-            raise VerificationError(f"commit of version {version}, but {self._staged_version} is staged")
         start = time.perf_counter()
-        self._receiver.check(version)
+        self.check(version)
         flat = self._receiver.image(version) if self._turns else None
         if flat is not None:
             if flat.data_ptr() not in self._images:
                 self._images[flat.data_ptr()] = self._landing.parameters_in(flat)
             engine.turn(self._images[flat.data_ptr()])
         else:
-            torch._foreach_copy_(*self._copies_from(self._receiver.views(version), engine))
+            self._copy_of(self._receiver.views(version), engine).run(verify=False)
         engine.weights_written(version)
         self._staged_version = None
         return time.perf_counter() - start
 
-    def _copies_from(
-        self, views: dict[int, list[torch.Tensor]], engine: Engine
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Destinations and sources of a commit that copies, made once per buffer that the version may lie in."""
+    def _copy_of(self, views: dict[int, list[torch.Tensor]], engine: Engine) -> FusedCopy:
+        """The commit of an engine that copies, prepared once per buffer that a version may lie in."""
         sources = [view for rank in self._regions for view in views[rank]]
         key = sources[0].data_ptr()
         if key not in self._copies:
             parameters = engine.parameters()
             copies = [piece.copy for region in self._regions.values() for piece in region.pieces]
-            self._copies[key] = (
-                [narrow(parameters[c.destination_storage], c.destination_start, c.shape) for c in copies],
-                sources,
-            )
+            destinations = [narrow(parameters[c.destination_storage], c.destination_start, c.shape) for c in copies]
+            self._copies[key] = FusedCopy(list(zip(destinations, sources, strict=True)))
         return self._copies[key]
 
     def close(self) -> None:
         self._receiver.close()
+
+
+def make_landing(engine: Engine) -> Landing:
+    """Room for versions that arrive at this engine rank."""
+    parameters = engine.parameters()
+    described = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in parameters.items()}
+    return Landing(described, next(iter(parameters.values())).device, engine.turns)

@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from orchestrator.worker_group import WorkerGroup
 from transport.auto import Probe, Site
 from transport.base import Offers
 from transport.layout import Box, Layout, Placement, Shard, share
-from transport.packing import Packed
+from transport.packing import Packed, Packer
 from workers.rollout import RolloutWorker
 from workers.weights import Outlet, Publication, Staged, WeightSender
 from workers.worker import Worker
@@ -44,17 +45,16 @@ def weights_of(name: str, version: int) -> torch.Tensor:
 class SmallTrainer(Worker):
     """A train rank without a model: it holds its rows of every tensor."""
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int, world_size: int, device: str = "cpu") -> None:
         self._shards, layout = {}, []
         for name, shape in SHAPES.items():
             rows = shape[0] // world_size
             box = Box((rank * rows, *[0] * (len(shape) - 1)), (rows, *shape[1:]))
             layout.append(Placement(name, shape, name, "float32", (Shard(rank, box, (0,) * len(shape)),)))
-            self._shards[name] = torch.zeros(box.shape)
+            self._shards[name] = torch.zeros(box.shape, device=device)
         self._layout, self._rank = layout, rank
-        self._probe = Probe("cpu")
-        self._sender = WeightSender(self._shards, torch.device("cpu"))
-        self._corrupt = False
+        self._probe = Probe(device)
+        self._sender = WeightSender(self._shards, torch.device(device))
 
     def layout(self) -> Layout:
         return share(self._layout)
@@ -69,28 +69,32 @@ class SmallTrainer(Worker):
         self._sender.attach(offers)
 
     def corrupt_next(self) -> None:
-        """Flip one bit of the next version after it was written and its digests were taken."""
-        self._corrupt = True
+        """Flip one bit of what is written next, after its digests were taken."""
+        write = Packer.write
+
+        def corrupt(packer: Packer, version: int, verify: bool) -> Packed:
+            packed = write(packer, version, verify)
+            first = packer._region.pieces[1].offset
+            packer.flat[first] ^= 1
+            packer.flat[first].item()  # waits for it on a GPU: a reader may come at once
+            Packer.write = write  # type: ignore[method-assign]
+            return packed
+
+        Packer.write = corrupt  # type: ignore[method-assign]
 
     def publish(self, version: int, verify: bool) -> Publication:
         for name, shard in self._shards.items():
             rows = shard.shape[0]
             shard.copy_(weights_of(name, version)[self._rank * rows : (self._rank + 1) * rows])
-        publication = self._sender.publish(version, verify)
-        if self._corrupt:
-            self._corrupt = False
-            (publisher,) = self._sender._publishers.values()
-            packer = publisher._packers[version % 2]  # type: ignore[attr-defined]
-            packer.flat[packer._region.pieces[1].offset] ^= 1
-        return publication
+        return self._sender.publish(version, verify)
 
 
 class SmallEngineWorker(RolloutWorker):
     """A RolloutWorker over an engine that only holds parameters, and that can be told to fail at a moment."""
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int, world_size: int, device: str = "cpu") -> None:
         held = {
-            name: torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16), requires_grad=False)
+            name: torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16, device=device), requires_grad=False)
             for name, shape in PARAMETERS.items()
         }
         super().__init__(rank, world_size, functools.partial(HoldingEngine, held))
@@ -123,23 +127,38 @@ class SmallEngineWorker(RolloutWorker):
 
     def served(self) -> dict[str, Any]:
         """What the engine would answer with: every parameter's values."""
-        return self._engine.run(lambda engine: {n: t.float().numpy().copy() for n, t in engine.parameters().items()})
+        return self._engine.run(
+            lambda engine: {n: t.float().cpu().numpy().copy() for n, t in engine.parameters().items()}
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What each worker holds its weights on, and its share of a GPU."""
+
+    device: str = "cpu"
+    gpus_per_worker: float = 0.0
 
 
 class SmallRefit:
-    """Two train ranks and some engines, connected."""
+    """Some train ranks and some engines, connected."""
 
-    def __init__(self, kind: str, num_engines: int, deadline_s: float) -> None:
+    def __init__(
+        self, kind: str, num_engines: int, deadline_s: float, num_trainers: int = 2, hardware: Hardware | None = None
+    ) -> None:
         self.kind, self.num_engines, self.deadline_s = kind, num_engines, deadline_s
+        self.num_trainers, self.hardware = num_trainers, hardware or Hardware()
 
     async def __aenter__(self) -> "SmallRefit":
-        options = actor_options(0.0, enable_tensor_transport=True)
+        gpus, arguments = self.hardware.gpus_per_worker, (self.hardware.device,)
+        options = actor_options(gpus, enable_tensor_transport=True)
         self.trainer = WorkerGroup.launch(
-            "train", SmallTrainer, await place("train", 2, 0.0, 60), options, (), lambda *_: None
-        )
+            "train", SmallTrainer, await place("train", self.num_trainers, gpus, 60), options, arguments,
+            lambda *_: None,
+        )  # fmt: skip
         self.engines = WorkerGroup.launch(
-            "rollout", SmallEngineWorker, await place("rollout", self.num_engines, 0.0, 60),
-            options | {"max_concurrency": 4}, (), lambda *_: None,
+            "rollout", SmallEngineWorker, await place("rollout", self.num_engines, gpus, 60),
+            options | {"max_concurrency": 4}, arguments, lambda *_: None,
         )  # fmt: skip
         config = TransportConfig(type=self.kind)
         self.notes: list[str] = []

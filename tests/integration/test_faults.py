@@ -10,7 +10,7 @@ import pytest
 from orchestrator.errors import RefitFailed, WorkerFailed
 from tests.integration.small_refit import SmallRefit
 
-TRANSPORTS = ["shared_memory", "nixl"]
+TRANSPORTS = ["shared_memory", "nixl", "stream", "collective"]
 DEADLINE_S = 3.0
 
 
@@ -54,7 +54,8 @@ async def test_a_frozen_engine_is_named_at_the_deadline_and_heals_when_it_wakes(
             await refit.assert_serves(1, version)
             os.kill(refit.engine_pids[0], signal.SIGCONT)
             await refit.wait_for_answers(0)
-            assert (await refit.sync.refit(version := version + 1)).quarantined == {}
+            report = await refit.sync.refit(version := version + 1)
+            assert report.quarantined == {}
             for engine in (0, 1):
                 await refit.assert_serves(engine, version)
 

@@ -20,15 +20,21 @@ SAMPLING = SamplingSpec(n=4, max_tokens=8)
 
 
 @pytest.mark.parametrize(
-    ("family", "transport"), [*((family, "nixl") for family in FAMILIES), ("qwen3_tied", "object_store")]
+    ("family", "transport", "num_ranks"),
+    [
+        *((family, "nixl", 1) for family in FAMILIES),
+        ("qwen3_tied", "object_store", 1),
+        *((family, transport, 2) for family in ("qwen3_tied", "qwen3_moe") for transport in ("auto", "nixl")),
+    ],
 )
 async def test_an_updated_engine_agrees_with_the_trainer_and_equals_a_fresh_engine(
-    cluster: None, model_folders: dict[str, pathlib.Path], tmp_path: pathlib.Path, family: str, transport: str
-) -> None:
+    cluster: None, model_folders: dict[str, pathlib.Path], tmp_path: pathlib.Path, family: str, transport: str,
+    num_ranks: int,
+) -> None:  # fmt: skip
     config = Config(
         model=ModelConfig(path=str(model_folders[family])),
         data={"path": "unused.jsonl"},
-        rollout=RolloutConfig(num_workers=1, max_tokens=8),
+        rollout=RolloutConfig(num_workers=1, max_tokens=8, tensor_parallel_size=num_ranks),
         transport=TransportConfig(type=transport),
         checkpoint=CheckpointConfig(every=0),
     )
@@ -53,7 +59,9 @@ async def test_an_updated_engine_agrees_with_the_trainer_and_equals_a_fresh_engi
             await orchestrator.optim_step()
             report = await orchestrator.refit()
             assert report.verified
-        updated = await orchestrator.rollouts.call_rank(0, "generate", _requests(), 5, 60.0, deadline_s=60)
+        samples = await orchestrator.rollouts.call("generate", _requests(), 5, 60.0, deadline_s=60)
+        updated = samples[0]
+        assert all(sorted(of_rank) == sorted(updated) for of_rank in samples)
         await orchestrator.save_policy(tmp_path, folder)
         fresh = await _fresh_engine_samples(orchestrator, config, str(tmp_path / "policy"))
         for (_, updated_group), (_, fresh_group) in zip(sorted(updated), sorted(fresh), strict=True):
@@ -71,9 +79,9 @@ def _requests() -> list[Request]:
 async def _fresh_engine_samples(
     orchestrator: Orchestrator, config: Config, folder: str
 ) -> list[tuple[str, list[Completion]]]:
-    engine = functools.partial(
-        make_vllm_engine, ModelConfig(), config.rollout, folder, 16, config.seed, load_format="auto"
-    )
+    """What an engine of one rank samples that has read its weights from disk."""
+    whole = config.rollout.model_copy(update={"tensor_parallel_size": 1})
+    engine = functools.partial(make_vllm_engine, ModelConfig(), whole, folder, 16, config.seed, load_format="auto")
     placement = await place("fresh", 1, 0.0, 60)
     options = actor_options(0.0, max_concurrency=4)
     group = orchestrator.launch("fresh", RolloutWorker, placement, options, (engine,))

@@ -1,34 +1,39 @@
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
 import pytest
 import torch
 
-from transport.arena import Arena, Slot
+from tests.unit.workers.local_transport import HoldingEngine, LocalTransport
+from transport.auto import Probe
+from transport.base import Link, Parameters
+from transport.names import EngineParameter
+from transport.packing import Packed
 from transport.plan import Copy
-from transport.receipt import VerificationError, digest
+from transport.receipt import VerificationError
 from transport.types import Completion
 from workers.engine import SamplingSpec
 from workers.rollout import EngineFailed, EngineThread, Request, RolloutWorker
+from workers.weights import Inlet, Outlet, WeightSender
 
 TWO_TOKENS = SamplingSpec(n=1, max_tokens=2)
 FOREVER = SamplingSpec(n=1, max_tokens=1_000_000)
 
 
-class CountingEngine:
+PARAMETERS: Parameters = {"w": ((4,), "float32"), "b": ((2,), "bfloat16")}
+
+
+class CountingEngine(HoldingEngine):
     """Each completion counts up from its prompt's last token, a token a step, under the version then served."""
 
-    packed_modules_mapping: Mapping[str, list[str]] = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-
-    def __init__(self) -> None:
+    def __init__(self, turns: bool = True) -> None:
+        super().__init__(PARAMETERS, turns)
         self.log: list[Any] = []
         self.threads = {threading.get_ident()}
-        self.weight_version = 0
         self.is_stepping = False
-        self.weights = {"w": torch.zeros(4), "b": torch.zeros(2, dtype=torch.bfloat16)}
         self._running: dict[str, tuple[list[int], SamplingSpec]] = {}
 
     def add_request(self, request_id: str, prompt_token_ids: list[int], sampling: SamplingSpec) -> None:
@@ -54,12 +59,9 @@ class CountingEngine:
     def seed(self, seed: int) -> None:
         self.log.append(("seed", seed))
 
-    def parameters(self) -> Mapping[str, torch.Tensor]:
-        return self.weights
-
     def weights_written(self, weight_version: int) -> None:
         assert not self.is_stepping
-        self.weight_version = weight_version
+        super().weights_written(weight_version)
 
     def close(self) -> None:
         self.log.append("close")
@@ -175,9 +177,21 @@ def test_an_engine_that_cannot_be_made_fails_the_first_caller():
 def test_a_command_that_raises_fails_its_caller_and_ends_the_engine():
     owner = EngineThread(CountingEngine)
     with pytest.raises(EngineFailed, match=r"^KeyError: 'gone'$"):
-        owner.run(lambda engine: engine.weights["gone"])
+        owner.run(lambda engine: engine.parameters()["gone"])
     with pytest.raises(EngineFailed, match="gone"):
         within(5, lambda: owner.run(lambda engine: None))
+    owner.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_library_that_wants_to_end_the_process_in_a_command_does_not_leave_its_caller_waiting():
+    owner = EngineThread(CountingEngine)
+
+    def leave(engine: CountingEngine) -> None:
+        raise SystemExit(3)
+
+    with pytest.raises(EngineFailed, match=r"^SystemExit: 3$"):
+        within(5, lambda: owner.run(leave))
     owner.close()
 
 
@@ -218,52 +232,80 @@ def test_a_command_after_close_is_refused_and_does_not_hang():
         within(1, lambda: owner.run(lambda engine: None))
 
 
-class CopyingReceiver:
-    """A transport whose handle is the arena that was published."""
+def test_a_refusal_fails_its_caller_alone_and_the_engine_goes_on(owner: EngineThread):
+    owner.run(add("a", [3], SamplingSpec(n=1, max_tokens=30)))
 
-    def __init__(self, arenas: list[Arena]) -> None:
-        self._arenas = arenas
+    def refuse(engine: CountingEngine) -> None:
+        raise VerificationError("version 7 from train rank 2")
 
-    def pull(self, rank: int, handle: Arena) -> None:
-        self._arenas[rank].flat.copy_(handle.flat)
-
-    def close(self) -> None: ...
-
-
-class CopyingTransport:
-    def publisher(self, arena: Arena) -> Any:
-        raise NotImplementedError
-
-    def receiver(self, arenas: list[Arena]) -> CopyingReceiver:
-        return CopyingReceiver(arenas)
+    with pytest.raises(VerificationError, match=r"^version 7 from train rank 2$"):
+        owner.run(refuse)
+    assert owner.run(lambda engine: engine.weight_version) == 0
+    (finished,) = owner.take_finished(1, timeout_s=10)
+    assert finished[1][0].tokens == list(range(4, 34))
 
 
-SLOTS = [[Slot("w", (3,), "float32", 0)], [Slot("w", (1,), "float32", 0), Slot("b", (2,), "bfloat16", 64)]]
-COPIES = [
-    Copy(0, "w", (0,), 0, "w", (0,), (3,)),
-    Copy(1, "w", (0,), 0, "w", (3,), (1,)),
-    Copy(1, "b", (0,), 0, "b", (0,), (2,)),
-]
+# A worker and its end of the refit.
+
+
+class Trainer:
+    """Two train ranks: rank 0 holds w[:3], rank 1 w[3] and b. Version v is v everywhere."""
+
+    def __init__(self, lands: bool) -> None:
+        copies = {
+            0: [Copy("w", 0, "w", (0,), 0, "w", (0,), (3,), "float32")],
+            1: [
+                Copy("w", 1, "w", (0,), 0, "w", (3,), (1,), "float32"),
+                Copy("b", 1, "b", (0,), 0, "b", (0,), (2,), "bfloat16"),
+            ],
+        }
+        self._shards = [{"w": torch.zeros(3)}, {"w": torch.zeros(1), "b": torch.zeros(2)}]
+        self._senders = [WeightSender(shards, torch.device("cpu")) for shards in self._shards]
+        transport, link = LocalTransport(lands), Link("test-0", (0, 1), (0,), 20)
+        self.regions = transport.arrange(PARAMETERS, copies)
+        offers = {
+            rank: sender.open([Outlet(link, transport, self.regions[rank], 1)])["test-0"]
+            for rank, sender in enumerate(self._senders)
+        }
+        for sender in self._senders:
+            sender.attach({"test-0": offers})
+        self.inlet, self.offers = Inlet(link, transport, self.regions, 1), offers
+
+    def publish(self, version: int, verify: bool = True) -> dict[int, Packed]:
+        for shards in self._shards:
+            for shard in shards.values():
+                shard.fill_(version)
+        return {rank: s.publish(version, verify).packed["test-0"] for rank, s in enumerate(self._senders)}
+
+    def corrupt(self, version: int) -> None:
+        """Flip a bit of b where it was published."""
+        self.offers[1 if len(self.offers[1]) else 0][version % 2][self.regions[1].pieces[1].offset] ^= 1
+
+
+@pytest.fixture(params=[True, False], ids=["turns", "copies"])
+def turns(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+@pytest.fixture(params=[True, False], ids=["landing", "shared"])
+def trainer(request: pytest.FixtureRequest) -> Trainer:
+    return Trainer(request.param)
 
 
 @pytest.fixture
-def worker() -> Iterator[RolloutWorker]:
-    worker = RolloutWorker(0, 1, CountingEngine)
-    worker.connect(SLOTS, COPIES, CopyingTransport())
+def worker(turns: bool, trainer: Trainer) -> Iterator[RolloutWorker]:
+    worker = RolloutWorker(0, 1, lambda: CountingEngine(turns))
+    worker.connect(trainer.inlet, trainer.offers)
     yield worker
     worker.close()
 
 
-def published(value: float) -> tuple[list[Arena], list[str]]:
-    arenas = [Arena(slots, torch.device("cpu")) for slots in SLOTS]
-    for arena in arenas:
-        for view in arena.views.values():
-            view.fill_(value)
-    return arenas, [digest(arena) for arena in arenas]
-
-
 def weights(worker: RolloutWorker) -> list[list[float]]:
-    return worker._engine.run(lambda engine: [tensor.tolist() for tensor in engine.weights.values()])
+    return worker._engine.run(lambda engine: [tensor.tolist() for tensor in engine.parameters().values()])
+
+
+def holds(version: float) -> list[list[float]]:
+    return [[version] * 4, [version] * 2]
 
 
 def generate(worker: RolloutWorker) -> list[Completion]:
@@ -271,64 +313,87 @@ def generate(worker: RolloutWorker) -> list[Completion]:
     return completions
 
 
-def test_a_worker_describes_its_engine(worker: RolloutWorker):
-    shapes, packed = worker.parameters()
-    assert shapes == {"w": ((4,), "float32"), "b": ((2,), "bfloat16")}
-    assert packed == {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+def test_a_worker_describes_its_engine_and_how_far_it_reaches(worker: RolloutWorker):
+    described = worker.describe_weights([Probe("cpu").site])
+    assert described.parameters == {"w": EngineParameter((4,), "float32"), "b": EngineParameter((2,), "bfloat16")}
+    assert described.packed == {"qk": ["q", "k"]}
+    assert (described.reach.device, described.reach.same_host, described.reach.can_share) == ("cpu", True, True)
 
 
-def test_a_staged_version_is_served_from_its_commit_on_and_not_before(worker: RolloutWorker):
-    arenas, digests = published(2.0)
-    staged = worker.stage(1, arenas, digests)
-    assert staged.num_bytes == 3 * 4 + 4 + 2 * 2
-    assert weights(worker) == [[0.0] * 4, [0.0] * 2]
-    assert generate(worker)[0].weight_version == 0
-    worker.commit(1)
-    assert weights(worker) == [[2.0] * 4, [2.0] * 2]
-    assert generate(worker)[0].weight_version == 1
+def test_a_staged_version_is_served_from_its_commit_on_and_not_before(worker: RolloutWorker, trainer: Trainer):
+    for version in (1, 2, 3):
+        staged = worker.stage(version, trainer.publish(version))
+        assert staged.num_bytes == 3 * 4 + 4 + 2 * 2
+        assert weights(worker) == holds(version - 1)
+        assert generate(worker)[0].weight_version == version - 1
+        assert worker.commit(version) > 0
+        assert weights(worker) == holds(version)
+        assert generate(worker)[0].weight_version == version
 
 
-def test_staging_needs_no_engine_step(worker: RolloutWorker):
+def test_staging_needs_no_engine_step(worker: RolloutWorker, trainer: Trainer):
     entered, go_on = threading.Event(), threading.Event()
-    arenas, digests = published(2.0)
+    packed = trainer.publish(1)
     stuck = start(lambda: worker._engine.run(lambda engine: (entered.set(), go_on.wait(10))))
     entered.wait(5)
-    within(5, lambda: worker.stage(1, arenas, digests))
+    within(5, lambda: worker.stage(1, packed))
     go_on.set()
     stuck.result(timeout=5)
 
 
-def test_bytes_that_changed_on_the_way_are_refused_and_cannot_be_committed(worker: RolloutWorker):
-    arenas, digests = published(2.0)
-    arenas[1].flat[65] ^= 1
-    with pytest.raises(VerificationError, match="version 1 from train rank 1"):
-        worker.stage(1, arenas, digests)
-    with pytest.raises(RuntimeError, match="commit of version 1, but None is staged"):
-        worker.commit(1)
-    assert weights(worker) == [[0.0] * 4, [0.0] * 2]
+def test_a_commit_runs_between_two_steps_of_requests_that_go_on(worker: RolloutWorker, trainer: Trainer):
+    worker.submit([Request("a", [3], FOREVER)], seed=0)
+    for version in (1, 2, 3):
+        worker.stage(version, trainer.publish(version))
+        within(5, lambda version=version: worker.commit(version))  # the engine asserts that it is not in a step
+    assert weights(worker) == holds(3)
 
 
-def test_a_failed_stage_takes_back_the_version_staged_before_it(worker: RolloutWorker):
-    worker.stage(1, *published(2.0))
-    arenas, _ = published(3.0)
-    with pytest.raises(VerificationError):
-        worker.stage(2, arenas, ["0" * 32, "0" * 32])
-    with pytest.raises(RuntimeError, match="None is staged"):
-        worker.commit(1)
-
-
-def test_another_version_than_the_staged_one_is_not_committed(worker: RolloutWorker):
-    worker.stage(1, *published(2.0))
-    with pytest.raises(RuntimeError, match="commit of version 2, but 1 is staged"):
+def test_bytes_that_changed_on_the_way_are_refused_and_the_engine_goes_on_serving(
+    worker: RolloutWorker, trainer: Trainer
+):
+    worker.stage(1, trainer.publish(1))
+    worker.commit(1)
+    packed = trainer.publish(2)
+    trainer.corrupt(2)
+    with pytest.raises(VerificationError, match="version 2 from train rank 1: b has the digest"):
+        worker.stage(2, packed)
+    with pytest.raises(VerificationError, match=r"^commit of version 2, but None is staged$"):
         worker.commit(2)
-    worker.commit(1)
+    assert weights(worker) == holds(1)
+    assert generate(worker)[0].weight_version == 1
+    worker.stage(3, trainer.publish(3))
+    worker.commit(3)
+    assert generate(worker)[0].weight_version == 3
 
 
-def test_without_digests_nothing_is_compared(worker: RolloutWorker):
-    arenas, _ = published(2.0)
-    worker.stage(1, arenas, [None, None])
-    worker.commit(1)
-    assert weights(worker)[0] == [2.0] * 4
+def test_a_version_that_is_not_the_last_staged_is_refused_and_the_engine_goes_on(
+    worker: RolloutWorker, trainer: Trainer
+):
+    worker.stage(1, trainer.publish(1))
+    worker.stage(2, trainer.publish(2))
+    with pytest.raises(VerificationError, match=r"^commit of version 1, but 2 is staged$"):
+        worker.commit(1)
+    worker.commit(2)
+    assert weights(worker) == holds(2)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_commit_that_fails_otherwise_ends_the_engine(turns: bool, trainer: Trainer):
+    class Torn(CountingEngine):
+        def weights_written(self, weight_version: int) -> None:
+            raise MemoryError("no room for the experts")
+
+    worker = RolloutWorker(0, 1, lambda: Torn(turns))
+    worker.connect(trainer.inlet, trainer.offers)
+    worker.stage(1, trainer.publish(1))
+    # Half of what a commit does has been done: nobody may be served from it.
+    with pytest.raises(EngineFailed, match=r"^MemoryError: no room for the experts$"):
+        worker.commit(1)
+    with pytest.raises(EngineFailed, match="no room for the experts"):
+        within(5, lambda: generate(worker))
+    worker.close()
+    assert not engine_threads()
 
 
 def test_a_batch_seeds_the_engine_before_its_requests(worker: RolloutWorker):
