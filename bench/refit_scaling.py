@@ -27,7 +27,7 @@ from rich.table import Table
 
 from bench.refit import start_ray
 from bench.refit_memory import ENGINE_DTYPE
-from bench.refit_ours import HoldingEngine, OurEngine, OurTrainer
+from bench.refit_ours import HoldingEngine, OurTrainer
 from bench.refit_rivals import DEADLINE_S, Half, Meeting, Process
 from bench.refit_sides import Part, TrainerSide, qwen3_parts
 from configs.schema import ModelConfig, RolloutConfig, TransportConfig
@@ -45,7 +45,7 @@ ALIGNED_ELEMENTS = 64
 PLAN_TENSORS, PLAN_TRAIN_RANKS, PLAN_ENGINE_RANKS = 36_945, 64, 32
 
 
-class BareEngine(OurEngine):
+class BareEngine(RolloutWorker):
     """An engine rank whose first parameters are untouched memory, as those of a dummy-loaded engine are soon gone."""
 
     def __init__(self, side: Any, meeting: Meeting, parts: list[Part]) -> None:
@@ -53,9 +53,7 @@ class BareEngine(OurEngine):
             part.name: torch.nn.Parameter(torch.empty(part.shape, dtype=ENGINE_DTYPE), requires_grad=False)
             for part in parts
         }
-        RolloutWorker.__init__(self, 0, 1, functools.partial(HoldingEngine, held))
-
-    connect = RolloutWorker.connect
+        super().__init__(0, 1, functools.partial(HoldingEngine, held))
 
 
 class PartedTrainer(OurTrainer):

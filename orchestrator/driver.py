@@ -156,6 +156,9 @@ def _with_ray(recipe: str, config: RecipeConfig, run_dir: pathlib.Path, show: Sh
     """Start or join Ray, run, and leave nothing of ours behind."""
     import ray
 
+    from transport.run_folder import remove_dead_folders
+
+    remove_dead_folders()
     try:
         start_ray(config.num_workers())
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -174,6 +177,7 @@ def _with_ray(recipe: str, config: RecipeConfig, run_dir: pathlib.Path, show: Sh
         raise RunFailed(f"the orchestrator died: {error}") from error
     finally:
         ray.shutdown()
+        remove_dead_folders()  # of our workers, which were killed
 
 
 def start_ray(num_workers: int) -> None:

@@ -126,13 +126,15 @@ class Orchestrator:
         from workers.lockstep import Ranks
         from workers.rollout import RolloutWorker, make_vllm_engine
 
-        ranks = Ranks(config.tensor_parallel_size, self.config.deadline.launch_s, self.config.deadline.refit_s)
+        deadline = self.config.deadline
+        # Longer than a refit waits: an engine whose rank is frozen is quarantined first, and heals when it wakes.
+        ranks = Ranks(config.tensor_parallel_size, deadline.launch_s, max(deadline.launch_s, 2 * deadline.refit_s))
         each = f" of {ranks.size} ranks" if ranks.size > 1 else ""
         self.log.phase(f"starting {config.num_workers} vLLM engines{each}")
         deadline_s = self.config.deadline.launch_s
         length = longest_prompt + config.max_tokens
         engine = functools.partial(
-            make_vllm_engine, self.config.model, config, folder, length, self.config.seed, peer_timeout_s=ranks.launch_s
+            make_vllm_engine, self.config.model, config, folder, length, self.config.seed, peer_timeout_s=ranks.step_s
         )
         placement = await place("rollout", config.num_workers * ranks.size, self._gpus_per_worker, deadline_s)
         options = actor_options(self._gpus_per_worker, max_concurrency=4, enable_tensor_transport=True)

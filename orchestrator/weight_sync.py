@@ -179,7 +179,7 @@ class WeightSync:
         ranks = range(engine * self._ranks_per_engine, (engine + 1) * self._ranks_per_engine)
         if not any(self._rollout.is_late(rank) for rank in ranks):
             return True
-        self.life.fail(engine, self.life.engines[engine].reason)
+        self.life.fail(engine, self.life.engines[engine].reason or "it owes the answer to a call that was given up")
         return False
 
     def _packed(self, rank: int, publish: "asyncio.Future[list[Publication]]") -> dict[int, Any]:

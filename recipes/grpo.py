@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from configs.schema import (
     AlgorithmConfig,
@@ -51,6 +51,15 @@ class Config(RecipeConfig):
     @classmethod
     def _reward_can_be_imported(cls, value: str) -> str:
         return resolve(value)
+
+    @model_validator(mode="after")
+    def _ranks_of_an_engine_share_no_gpu(self) -> "Config":
+        if self.rollout.tensor_parallel_size > 1 and self.cluster.gpus_per_worker < 1 and self.cluster.device != "cpu":
+            raise ValueError(
+                "rollout.tensor_parallel_size above 1 needs a GPU for every rank: set cluster.gpus_per_worker=1, or "
+                "cluster.device=cpu"
+            )
+        return self
 
     def num_model_workers(self) -> int:
         reference = self.trainer.num_workers if self.algorithm.kl_coef > 0 else 0

@@ -13,7 +13,7 @@ from transport.base import Link
 from transport.buckets import NUM_BUFFERS
 from transport.deadline import WHOLE_SHARE, Deadline, patience_s
 from transport.frames import Filled, Left, Loaded, Missed, Ready, encode, from_receiver, open_socket
-from transport.run_folder import Owner
+from transport.host import Owner
 
 LOOK_S = 0.2
 """How often a silent receiver is looked after: does its process run?"""

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
+from transport.host import host_identity
 from transport.memfd import (
     Handle,
     SharedBuffer,
     SharedMemoryUnavailable,
     can_read_memory_of,
-    host_identity,
     open_buffer,
 )
 

@@ -23,10 +23,10 @@ import torch.distributed as dist
 from transport.arena import DIGEST_BYTES, RECEIPT_HEADER_BYTES, Region, allocate, image
 from transport.base import Copies, Landed, Landing, Link, Offers, Parameters
 from transport.buckets import NUM_BUFFERS, Inflow, LandedImages, buffer_bytes, cut
-from transport.deadline import PATIENCE_SHARE, WHOLE_SHARE, Deadline
+from transport.deadline import OPERATION_SHARE, WHOLE_SHARE, Deadline
 from transport.packing import Packed, Packer
 from transport.receipt import VerificationError, digest
-from transport.roll_call import Attendance, RollCall, Roster, StoreAddress
+from transport.roll_call import Answer, Attendance, RollCall, Roster, StoreAddress
 
 MAX_ATTEMPTS = 4
 NUM_GLOO_DEVICES = 2
@@ -131,6 +131,7 @@ class CollectivePublisher:
             Packer(bucket.region, flats[index % NUM_BUFFERS], sources) for index, bucket in enumerate(self._buckets)
         ]
         self._roll_call = RollCall(link, region.source_rank)
+        self._name, self._members = "", list[int]()
         self._group: Group | None = None
 
     def offer(self) -> CollectiveOffer:
@@ -147,7 +148,7 @@ class CollectivePublisher:
         deadline = Deadline(self._link.timeout_s * WHOLE_SHARE)
         packed = Packed(None, 0.0, 0.0)
         wanting: list[int] = []
-        broken: GroupBroken | None = None
+        broken = ""  # not the error: its frames would keep the group's connections open
         self._roll_call.begin()
         for attempt in range(MAX_ATTEMPTS):
             answers = self._roll_call.answers(version, attempt)
@@ -156,18 +157,19 @@ class CollectivePublisher:
                 return packed
             if deadline.left_s() == 0:
                 break
-            reused = self._group is not None and {answers[rank].group for rank in wanting} == {self._group.seat.group}
-            name = self._group.seat.group if self._group is not None and reused else f"{version}/{attempt}/group"
-            self._roll_call.post(version, attempt, Roster(name, wanting, verify))
+            if wanting != self._members or {answers[rank].group for rank in wanting} != {self._name}:
+                self._part()
+                self._name, self._members = f"{version}/{attempt}/group", wanting
+            self._roll_call.post(version, attempt, Roster(self._name, wanting, verify))
             try:
-                packed = self._broadcast(self._meet(name, len(wanting)), version, verify)
+                packed = self._broadcast(self._meet(), version, verify)
             except GroupBroken as error:
-                broken = error
+                broken = str(error)
                 self._part()
         raise TimeoutError(
             f"version {version}: train rank {self._source_rank} did not get it to rollout ranks {wanting} within "
-            f"{MAX_ATTEMPTS} attempts and {deadline.seconds:.1f} s"
-        ) from broken
+            f"{MAX_ATTEMPTS} attempts and {deadline.seconds:.1f} s; {broken}"
+        )
 
     def close(self) -> None:
         self._part()
@@ -187,14 +189,14 @@ class CollectivePublisher:
             group.wait(work)
         return Packed(digest(seals) if verify else None, pack_s, digest_s)
 
-    def _meet(self, name: str, num_receivers: int) -> Group:
-        if self._group is None or self._group.seat.group != name:
-            self._part()
-            seat = Seat(name, 0, num_receivers + 1, self._roll_call.address.host)
-            self._group = Group(seat, self._roll_call.store, self._link.timeout_s * PATIENCE_SHARE, self._device)
+    def _meet(self) -> Group:
+        if self._group is None:
+            seat = Seat(self._name, 0, 1 + len(self._members), self._roll_call.address.host)
+            self._group = Group(seat, self._roll_call.store, self._link.timeout_s * OPERATION_SHARE, self._device)
         return self._group
 
     def _part(self) -> None:
+        self._members = []
         if self._group is not None:
             self._group.close()
             self._group = None
@@ -254,26 +256,27 @@ class _Source:
             raise
 
     def _bring(self, version: int, inflow: Inflow, deadline: Deadline) -> float:
-        broken: GroupBroken | None = None
+        broken = ""
         for attempt in range(MAX_ATTEMPTS):
             name = self._group.seat.group if self._group is not None else ""
-            self._attendance.answer(version, attempt, False, name)
+            self._attendance.answer(version, attempt, Answer(has_version=False, group=name))
             roster = self._attendance.roster(version, attempt, deadline)
             if self._link.receiver_rank not in roster.ranks:
                 raise TimeoutError(f"version {version}: train rank {self._source_rank} went on without this engine")
             try:
                 verify_s, wrong = self._receive(self._meet(roster), inflow, version, roster.verify)
             except GroupBroken as error:
-                broken = error
+                broken = str(error)
                 self.part()
                 continue
-            self._attendance.answer(version, attempt + 1, True, roster.group)
+            self._attendance.answer(version, attempt + 1, Answer(has_version=True, group=roster.group))
             if wrong is not None:
                 raise wrong
             return verify_s
         raise TimeoutError(
-            f"version {version}: train rank {self._source_rank} did not get it here within {MAX_ATTEMPTS} attempts"
-        ) from broken
+            f"version {version}: train rank {self._source_rank} did not get it here within {MAX_ATTEMPTS} attempts; "
+            f"{broken}"
+        )
 
     def _receive(
         self, group: Group, inflow: Inflow, version: int, verify: bool
@@ -304,7 +307,7 @@ class _Source:
             self.part()
             rank = 1 + roster.ranks.index(self._link.receiver_rank)
             seat = Seat(roster.group, rank, 1 + len(roster.ranks), self._address)
-            self._group = Group(seat, self._attendance.store, self._link.timeout_s * PATIENCE_SHARE, self._device)
+            self._group = Group(seat, self._attendance.store, self._link.timeout_s * OPERATION_SHARE, self._device)
         return self._group
 
     def part(self) -> None:

@@ -10,6 +10,8 @@ WHOLE_SHARE = 0.9
 """Of a link's timeout: for one publish or stage."""
 PATIENCE_SHARE = 0.25
 """Of a link's timeout: for one that others wait for."""
+OPERATION_SHARE = 0.15
+"""Of a link's timeout: for one operation of a process group, less than the patience of who waits for its members."""
 SHORT_PATIENCE_S = 1.0
 """For one that was waited for in vain and not heard of since: it is on its way at once, or not at all."""
 

@@ -10,12 +10,12 @@ import ctypes
 import fcntl
 import mmap
 import os
-import pathlib
 from dataclasses import dataclass
 
 import torch
 
 from transport.arena import aligned
+from transport.host import started_ticks
 from transport.pages import map_shared
 
 
@@ -80,17 +80,6 @@ def open_buffer(handle: Handle, writable: bool) -> torch.Tensor:
         raise SharedMemoryUnavailable(f"process {handle.pid} is not the owner of the memory any more")
     finally:
         os.close(descriptor)
-
-
-def started_ticks(pid: int) -> int:
-    """When a process began, in clock ticks since the machine's boot, which setting the clock does not move."""
-    return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-
-
-def host_identity() -> str:
-    """Equal in two processes only if each can see the other in /proc: the machine's boot and the pid namespace."""
-    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{pathlib.Path('/proc/self/ns/pid').stat().st_ino}"
 
 
 def can_read_memory_of(pid: int, address: int, expected: bytes) -> bool:

@@ -3,7 +3,7 @@
 Through the source's own TCP store, in attempts. In each, every receiver answers, and the source posts the roster of
 those that still want the version and the group that they meet in; who has it already answers so, and is done:
 
-    attempt 0   answers: 3 wants, 4 wants, 5 wants     roster: group "7/0" of 3, 4, 5        (5 dies: the group breaks)
+    attempt 0   answers: 3 wants, 4 wants, 5 wants     roster: group "7/0" of 3, 4 and 5     (5 dies: it breaks)
     attempt 1   answers: 3 wants, 4 has it             roster: group "7/1" of 3
     attempt 2   answers: 3 has it                      the version is published
 
@@ -23,8 +23,7 @@ from msgspec import Meta
 
 from transport.base import Link
 from transport.deadline import Deadline, patience_s
-from transport.memfd import host_identity
-from transport.run_folder import Owner
+from transport.host import Owner, host_identity
 
 MAX_MESSAGE_BYTES = 1 << 16
 LOOK_S = 0.2
@@ -36,14 +35,19 @@ Name = Annotated[str, Meta(max_length=128)]
 M = TypeVar("M")
 
 
-class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A receiver's: has it the version, which group is it in ("": none), and where does it run."""
+class Attendant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A receiver's, once: the process that it is."""
 
-    has_version: bool
-    group: Name
     host: Name
     pid: Number
     started_ticks: Number
+
+
+class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A receiver's, in each attempt: has it the version, and which group is it in ("": none)?"""
+
+    has_version: bool
+    group: Name
 
 
 class Roster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -80,11 +84,17 @@ class RollCall:
         self._posted: list[str] = []
 
     def begin(self) -> None:
-        """Before a version's first attempt: all are awaited, what was said of the last version is removed."""
+        """Before a version's first attempt: all are awaited that live, what was said of the last version is removed."""
         for key in self._posted:
             self.store.delete_key(key)
         self._posted = []
-        self._awaited = set(self._link.receiver_ranks)
+        self._owners = {}
+        for rank in self._link.receiver_ranks:
+            if self.store.check([_attendant(rank)]):
+                attendant = _decode(self.store.get(_attendant(rank)), Attendant)
+                if attendant.host == host_identity():  # elsewhere, its process id means nothing here
+                    self._owners[rank] = Owner(attendant.pid, attendant.started_ticks)
+        self._awaited = {rank for rank in self._link.receiver_ranks if not self._has_ended(rank)}
 
     def answers(self, version: int, attempt: int) -> dict[int, Answer]:
         """What every receiver says, by rank in order; those that say nothing are given up for this version."""
@@ -97,8 +107,8 @@ class RollCall:
             for rank, key in missing.items():
                 if self.store.check([key]):
                     found[rank] = _decode(self.store.get(key), Answer)
-                    self._note(rank, found[rank])
-                elif left_s[rank] == 0 or (rank in self._owners and not self._owners[rank].is_alive()):
+                    self._trusted.add(rank)
+                elif left_s[rank] == 0 or self._has_ended(rank):
                     self._awaited.discard(rank)
                     self._trusted.discard(rank)
         self._posted += [_answer(version, attempt, rank) for rank in found]
@@ -108,22 +118,21 @@ class RollCall:
         self._posted.append(_roster(version, attempt))
         self.store.set(self._posted[-1], _encode(roster))
 
-    def _note(self, rank: int, answer: Answer) -> None:
-        self._trusted.add(rank)
-        if answer.host == host_identity():  # elsewhere, its process id means nothing here
-            self._owners[rank] = Owner(answer.pid, answer.started_ticks)
+    def _has_ended(self, rank: int) -> bool:
+        return rank in self._owners and not self._owners[rank].is_alive()
 
 
 class Attendance:
     """A receiver's end of one source's roll call."""
 
     def __init__(self, link: Link, source_rank: int, address: StoreAddress) -> None:
-        self._rank, self._source_rank, self._owner = link.receiver_rank, source_rank, Owner.this_process()
+        self._rank, self._source_rank = link.receiver_rank, source_rank
         timeout = datetime.timedelta(seconds=link.timeout_s)
         self.store = dist.TCPStore(address.host, address.port, is_master=False, timeout=timeout)
+        process = Owner.this_process()
+        self.store.set(_attendant(self._rank), _encode(Attendant(host_identity(), process.pid, process.started_ticks)))
 
-    def answer(self, version: int, attempt: int, has_version: bool, group: str) -> None:
-        answer = Answer(has_version, group, host_identity(), self._owner.pid, self._owner.started_ticks)
+    def answer(self, version: int, attempt: int, answer: Answer) -> None:
         self.store.set(_answer(version, attempt, self._rank), _encode(answer))
 
     def roster(self, version: int, attempt: int, deadline: Deadline) -> Roster:
@@ -142,6 +151,10 @@ class Attendance:
             ) from error
 
 
+def _attendant(rank: int) -> str:
+    return f"attendant/{rank}"
+
+
 def _answer(version: int, attempt: int, rank: int) -> str:
     return f"{version}/{attempt}/answer/{rank}"
 
@@ -154,7 +167,7 @@ def _seconds(seconds: float) -> datetime.timedelta:
     return datetime.timedelta(seconds=max(seconds, SHORTEST_WAIT_S))
 
 
-def _encode(message: Answer | Roster) -> str:
+def _encode(message: Attendant | Answer | Roster) -> str:
     return msgspec.json.encode(message).decode()
 
 

@@ -15,33 +15,11 @@ import re
 import shutil
 import stat
 import tempfile
-from dataclasses import dataclass
-
-import psutil
 
 from configs.schema import NAME_PATTERN
-from transport.memfd import host_identity, started_ticks
+from transport.host import Owner, host_identity
 
 FOLDER_PATTERN = re.compile(rf"{NAME_PATTERN.pattern}\.(?P<pid>[0-9]+)\.(?P<started_ticks>[0-9]+)")
-
-
-@dataclass(frozen=True, slots=True)
-class Owner:
-    """A process, told apart from all others that ever had its id by when it started; the clock may change."""
-
-    pid: int
-    started_ticks: int
-
-    @classmethod
-    def this_process(cls) -> "Owner":
-        return cls(os.getpid(), started_ticks(os.getpid()))
-
-    def is_alive(self) -> bool:
-        try:
-            same = started_ticks(self.pid) == self.started_ticks
-            return same and psutil.Process(self.pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-        except (FileNotFoundError, ProcessLookupError, psutil.NoSuchProcess):
-            return False
 
 
 def make_run_folder(name: str) -> pathlib.Path:

@@ -26,10 +26,11 @@ from transport.base import Copies, Landed, Landing, Link, Offers, Parameters
 from transport.buckets import NUM_BUFFERS, Inflow, LandedImages, buffer_bytes, cut
 from transport.deadline import WHOLE_SHARE, Deadline
 from transport.frames import FromReceiver, Left, Loaded, Missed, Ready, encode, from_source, open_socket
+from transport.host import Owner
 from transport.memfd import Handle, SharedBuffer, open_buffer
 from transport.packing import Packed, Packer
 from transport.receipt import digest
-from transport.run_folder import Owner, make_run_folder, remove_run_folder
+from transport.run_folder import make_run_folder, remove_run_folder
 
 MAX_PATH_BYTES = 107
 """The longest path of a Unix socket."""

@@ -230,13 +230,13 @@ class RankGroup:
         """
         assert self._gloo is not None, "the group has been closed"
         self._write(message)
-        sent = [self._gloo.send([self._mine], peer, 0) for peer in self._peers]
-        received = {peer: self._gloo.recv([buffer], peer, 0) for peer, buffer in self._theirs.items()}
+        sent = {peer: self._post(self._gloo.send, self._mine, peer, purpose) for peer in self._peers}
+        received = {peer: self._post(self._gloo.recv, self._theirs[peer], peer, purpose) for peer in self._peers}
         answers = {self.rank: message}
         for peer, work in received.items():
             self._wait(work, peer, purpose)
             answers[peer] = self._read(peer)
-        for peer, work in zip(self._peers, sent, strict=True):
+        for peer, work in sent.items():
             self._wait(work, peer, purpose)
         return [answers[rank] for rank in range(self.ranks.size)]
 
@@ -252,6 +252,12 @@ class RankGroup:
         packed = self._theirs[peer].numpy().tobytes()
         (length,) = struct.unpack_from("I", packed)
         return packed[4 : 4 + length]
+
+    def _post(self, call: Callable[..., Any], buffer: torch.Tensor, peer: int, purpose: str) -> Any:
+        try:
+            return call([buffer], peer, 0)
+        except RuntimeError as error:  # its connection was closed before
+            raise ConnectionError(f"engine rank {peer} is gone, waited for at {purpose}") from error
 
     def _wait(self, work: dist.Work, peer: int, purpose: str) -> None:
         start = time.monotonic()

@@ -16,7 +16,7 @@ from configs.schema import TransportConfig
 from orchestrator.errors import RefitFailed
 from tests.integration.small_refit import Hardware, SmallRefit
 
-DEADLINE_S = 20.0
+DEADLINE_S = 10.0
 
 
 def shared_by(num_workers: int) -> Hardware:

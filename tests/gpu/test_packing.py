@@ -42,7 +42,7 @@ def written(sending: Sending, version: int, verify: bool) -> tuple[torch.Tensor,
 
 @given(sendings(), st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_every_piece_is_the_cpus_cast_and_nothing_else_is_written(sending: Sending, verify: bool):
+def test_every_piece_is_the_cpus_cast_and_nothing_else_is_written(sending: Sending, verify: bool) -> None:
     flat, _ = written(sending, 5, verify)
     host = flat.cpu()
     assert pieces_in(host, sending.region) == sending.expected()
@@ -56,7 +56,7 @@ def test_every_piece_is_the_cpus_cast_and_nothing_else_is_written(sending: Sendi
 
 @given(sendings())
 @settings(max_examples=100, deadline=None)
-def test_the_digests_are_xxh3_of_the_bytes_copied_to_the_host_and_agree_where_they_landed(sending: Sending):
+def test_the_digests_are_xxh3_of_the_bytes_copied_to_the_host_and_agree_where_they_landed(sending: Sending) -> None:
     flat, packed = written(sending, 5, verify=True)
     host = flat.cpu()
     digests = b"".join(xxhash.xxh3_128(piece).digest() for piece in pieces_in(host, sending.region))
@@ -68,7 +68,7 @@ def test_the_digests_are_xxh3_of_the_bytes_copied_to_the_host_and_agree_where_th
     Unpacker(sending.region, host).check(5, packed.seal)  # the digests do not depend on where the bytes lie
 
 
-def test_every_float32_rounds_to_the_nearest_bfloat16_and_ties_to_even():
+def test_every_float32_rounds_to_the_nearest_bfloat16_and_ties_to_even() -> None:
     # All 65,536 upper halves, each at, around and away from the tie between two bfloat16 neighbours; no NaN, whose
     # payload no format promises.
     upper = torch.arange(1 << 16, dtype=torch.int64) << 16
@@ -84,7 +84,7 @@ def test_every_float32_rounds_to_the_nearest_bfloat16_and_ties_to_even():
     assert found == rounded.to(torch.uint16).numpy().tobytes()
 
 
-def test_pieces_of_many_megabytes_between_small_ones_are_digested_whole():
+def test_pieces_of_many_megabytes_between_small_ones_are_digested_whole() -> None:
     # 20,000,000 bytes, more than any block or staging buffer, between neighbours; then a strided piece.
     sizes = {"a": 32, "b": 10_000_000, "c": 16}
     memory = values(sum(sizes.values()), torch.float32, seed=0)
@@ -98,7 +98,7 @@ def test_pieces_of_many_megabytes_between_small_ones_are_digested_whole():
     Unpacker(sending.region, flat.cpu()).check(5, packed.seal)
 
 
-def test_a_weight_that_is_not_a_number_stays_none():
+def test_a_weight_that_is_not_a_number_stays_none() -> None:
     sending = two_tensors()
     sending.sources["q"][2, 1] = math.nan
     flat, _ = written(sending, 5, verify=True)
@@ -107,7 +107,7 @@ def test_a_weight_that_is_not_a_number_stays_none():
 
 @given(sendings(), st.data())
 @settings(max_examples=50, deadline=None)
-def test_any_flipped_byte_is_found_and_named(sending: Sending, data: st.DataObject):
+def test_any_flipped_byte_is_found_and_named(sending: Sending, data: st.DataObject) -> None:
     flat, packed = written(sending, 6, verify=True)
     index = data.draw(st.integers(0, len(sending.region.pieces) - 1))
     piece = sending.region.pieces[index]
@@ -120,7 +120,7 @@ def test_any_flipped_byte_is_found_and_named(sending: Sending, data: st.DataObje
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_what_a_write_announces_is_in_memory_for_every_other_stream(verify: bool):
+def test_what_a_write_announces_is_in_memory_for_every_other_stream(verify: bool) -> None:
     """A reader in another process takes part in none of our streams."""
     gpu = on_gpu(two_tensors())
     flat = allocate(gpu.region.num_bytes, CUDA)
@@ -141,7 +141,7 @@ def test_what_a_write_announces_is_in_memory_for_every_other_stream(verify: bool
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_a_write_waits_for_its_own_stream_alone(verify: bool):
+def test_a_write_waits_for_its_own_stream_alone(verify: bool) -> None:
     """Another may be stuck in a broadcast with a process that has died, or busy decoding."""
     gpu = on_gpu(two_tensors())
     flat = allocate(gpu.region.num_bytes, CUDA)
@@ -161,7 +161,7 @@ def test_a_write_waits_for_its_own_stream_alone(verify: bool):
     end.synchronize()
 
 
-def test_memory_is_zero_when_it_is_handed_out():
+def test_memory_is_zero_when_it_is_handed_out() -> None:
     """Whoever writes it next may do so on another stream, or from another process."""
     torch.cuda.synchronize()
     torch.cuda._sleep(LONG_CYCLES // 10)

@@ -8,7 +8,15 @@ import pathlib
 
 import pytest
 
-from configs.schema import CheckpointConfig, ClusterConfig, ModelConfig, RolloutConfig, TrainerConfig, TransportConfig
+from configs.schema import (
+    CheckpointConfig,
+    ClusterConfig,
+    DataConfig,
+    ModelConfig,
+    RolloutConfig,
+    TrainerConfig,
+    TransportConfig,
+)
 from orchestrator.orchestrator import Orchestrator, PolicySource
 from orchestrator.placement import actor_options, place
 from recipes.grpo import Config
@@ -18,8 +26,8 @@ from transport.types import Completion
 from workers.rollout import Request, RolloutWorker, make_vllm_engine
 
 GPUS_EACH = 0.33
-MAX_MEAN_DIFFERENCE = 0.1
-"""Of logprobs in bf16; weights in a wrong place make it several."""
+MAX_MEAN_DIFFERENCE = 0.02
+"""Of logprobs in bf16: 0.003 on a CPU; weights in a wrong place make it several."""
 REQUESTS = [Request(str(prompt.row), prompt.tokens, SAMPLING) for prompt in PROMPTS]
 
 
@@ -32,7 +40,7 @@ async def test_an_updated_engine_equals_a_fresh_engine_and_agrees_with_the_train
     folder = str(model_folders[family])
     config = Config(
         model=ModelConfig(path=folder),
-        data={"path": "unused.jsonl"},
+        data=DataConfig(path="unused.jsonl"),
         trainer=TrainerConfig(num_workers=1, learning_rate=1e-2),
         rollout=RolloutConfig(num_workers=1, dtype="bfloat16", max_tokens=8, gpu_memory_utilization=0.2),
         transport=TransportConfig(type=transport),  # type: ignore[arg-type]

@@ -62,19 +62,17 @@ async def test_every_arm_of_the_bench_brings_the_right_bytes_through_many_bucket
     await Bench(parts, gpu_arms(2), start_processes(parts, tmp_path)).run(repetitions=3, warmups=0)
 
 
-class FreezingEngine(OurEngine):
+def freezing_engine(side: EngineSide, meeting: Meeting) -> OurEngine:
     """Stops its process in the middle of version 2, with a broadcast under way on both GPUs."""
+    load = Inflow.load
 
-    def __init__(self, side: EngineSide, meeting: Meeting) -> None:
-        super().__init__(side, meeting)
-        load = Inflow.load
+    def freeze_and_load(inflow: Inflow, index: int, version: int, seal: bytes | None) -> float:
+        if (version, index) == (2, 2):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return load(inflow, index, version, seal)
 
-        def freeze_and_load(inflow: Inflow, index: int, version: int, seal: bytes | None) -> float:
-            if (version, index) == (2, 2):
-                os.kill(os.getpid(), signal.SIGSTOP)
-            return load(inflow, index, version, seal)
-
-        Inflow.load = freeze_and_load  # type: ignore[method-assign]
+    Inflow.load = freeze_and_load  # type: ignore[method-assign]
+    return OurEngine(side, meeting)
 
 
 async def test_a_broadcast_that_an_engine_froze_in_is_left_in_time_and_the_next_refit_heals(
@@ -86,7 +84,7 @@ async def test_a_broadcast_that_an_engine_froze_in_is_left_in_time_and_the_next_
     groups = []
     for role, actor, make_half in (
         ("train", processes.trainer, OurTrainer),
-        ("rollout", processes.engine, FreezingEngine),
+        ("rollout", processes.engine, freezing_engine),
     ):
         await actor.install.remote("frozen", make_half, processes.meeting)
         groups.append(WorkerGroup[Any](role, [Half(actor, "frozen")], None, lambda *_: None))  # type: ignore[arg-type]

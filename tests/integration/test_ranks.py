@@ -1,5 +1,6 @@
 """Engines of several ranks: each rank an actor that pulls its own slices, all in step, whatever happens meanwhile."""
 
+import asyncio
 import contextlib
 import os
 import pathlib
@@ -51,7 +52,7 @@ async def launched(folder: str, run_dir: pathlib.Path, num_engines: int) -> Asyn
     config = Config(
         model=ModelConfig(path=folder), data={"path": "unused.jsonl"}, checkpoint=CheckpointConfig(every=0),
         rollout=RolloutConfig(num_workers=num_engines, max_tokens=LONG.max_tokens, tensor_parallel_size=2),
-        deadline=DeadlineConfig(refit_s=30, rollout_s=60),
+        deadline=DeadlineConfig(refit_s=8, rollout_s=60),
     )  # fmt: skip
     assert config.num_model_workers() == config.trainer.num_workers + 2 * num_engines
     orchestrator = Orchestrator("recipes.grpo", config, str(run_dir))
@@ -77,6 +78,19 @@ def record(orchestrator: Orchestrator) -> list[tuple[str, dict[int, Any]]]:
 
     orchestrator.rollouts.scatter_some = recorded  # type: ignore[method-assign]
     return calls
+
+
+def freeze_before_commit(orchestrator: Orchestrator, pid: int) -> None:
+    """Stop a process when the next commit begins."""
+    original = orchestrator.rollouts.scatter_some
+
+    async def freezing(method: str, per_rank: Any, *, deadline_s: float) -> dict[int, Any]:
+        if method == "commit":
+            orchestrator.rollouts.scatter_some = original  # type: ignore[method-assign]
+            os.kill(pid, signal.SIGSTOP)
+        return await original(method, per_rank, deadline_s=deadline_s)
+
+    orchestrator.rollouts.scatter_some = freezing  # type: ignore[method-assign]
 
 
 def shared_memory() -> set[str]:
@@ -121,8 +135,20 @@ async def test_two_uneven_engines_agree_with_the_trainer_and_each_rank_pulls_the
         await orchestrator.rollout(PROMPTS, SamplingSpec(n=2, max_tokens=8), "four")
         assert [set(by) for method, by in calls if method == "generate"] == [{0, 1, 2, 3}]
 
-        # A rank dies while its engine decodes: the error says which, and the other engine goes on.
+        # A rank that freezes before a commit costs its engine the version, and nobody else; the engine heals when it
+        # wakes, for its other ranks have waited longer than the refit has.
         pid = (await orchestrator.rollouts.call_rank(1, "describe", deadline_s=30))["pid"]
+        freeze_before_commit(orchestrator, pid)
+        report = await orchestrator.refit()
+        assert set(report.quarantined) == {0}
+        assert "rollout/0, rollout/1 did not answer commit within 8 s" in report.quarantined[0]
+        assert (await learn(orchestrator, "asleep"))["logprob_diff/max"] <= 1e-4
+        os.kill(pid, signal.SIGCONT)
+        await asyncio.wait(orchestrator.rollouts._late[0] + orchestrator.rollouts._late[1], timeout=30)
+        assert not (await orchestrator.refit()).quarantined
+        assert (await learn(orchestrator, "awake"))["logprob_diff/max"] <= 1e-4
+
+        # A rank dies while its engine decodes: the error says which, and the other engine goes on.
         requests = [Request(str(index), [3, 4, 5, 2], LONG) for index in range(64)]
         await orchestrator.rollouts.scatter_some("submit", {0: (requests, 5), 1: (requests, 5)}, deadline_s=30)
         os.kill(pid, signal.SIGKILL)

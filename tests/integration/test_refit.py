@@ -24,6 +24,9 @@ SAMPLING = SamplingSpec(n=4, max_tokens=8)
     [
         *((family, "nixl", 1) for family in FAMILIES),
         ("qwen3_tied", "object_store", 1),
+        ("qwen3_tied", "stream", 1),
+        ("qwen3_moe", "collective", 1),
+        ("qwen3_tied", "stream", 2),
         *((family, transport, 2) for family in ("qwen3_tied", "qwen3_moe") for transport in ("auto", "nixl")),
     ],
 )

@@ -126,6 +126,7 @@ def test_every_mistake_is_reported_at_once():
         (["data.path=rows.jsonl"], "set model.path"),
         (["data.eval_path=rows.jsonl"], "set data.path"),
         (["model.trust_remote_code=true"], "model.revision=<commit>"),
+        (["rollout.tensor_parallel_size=2", "cluster.gpus_per_worker=0.5"], "set cluster.gpus_per_worker=1"),
     ],
 )
 def test_an_impossible_combination_is_refused_and_the_message_names_the_fix(arguments: list[str], fix: str):
@@ -136,6 +137,14 @@ def test_the_possible_neighbours_of_impossible_combinations_are_accepted():
     load(grpo.Config, ["algorithm.group_size=2", "algorithm.num_minibatches=2", "algorithm.prompts_per_step=2"])
     arguments = ["model.path=a/b", "data.path=rows.jsonl", "model.trust_remote_code=true", "model.revision=abc"]
     assert load(grpo.Config, arguments).model.trust_remote_code
+    for more in ("cluster.device=cpu", "rollout.tensor_parallel_size=1", "cluster.gpus_per_worker=1"):
+        load(grpo.Config, ["rollout.tensor_parallel_size=2", "cluster.gpus_per_worker=0.5", more])
+
+
+def test_every_rank_of_an_engine_is_a_worker_that_holds_a_model():
+    # 2 train workers, 3 engines of 2 ranks, 1 environment worker.
+    config = load(grpo.Config, ["rollout.num_workers=3", "rollout.tensor_parallel_size=2"])
+    assert (config.num_model_workers(), config.num_workers()) == (8, 9)
 
 
 @pytest.mark.parametrize("name", ["a/b", "../up", "..", ".", "a b", "a\\b", "ä"])

@@ -4,6 +4,7 @@ Weights are small integers, exact in bfloat16, that tell the tensor and the vers
 """
 
 import os
+import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -30,7 +31,12 @@ PARAMETERS: Parameters = {
     "qk": ((40, 24), "bfloat16"),
     "norm": ((24,), "float32"),
 }
-TENSORS = {"embed": ("embed", 0, (64, 24)), "q": ("qk", 0, (24, 24)), "k": ("qk", 24, (16, 24)), "norm": ("norm", 0, (24,))}
+TENSORS = {
+    "embed": ("embed", 0, (64, 24)),
+    "q": ("qk", 0, (24, 24)),
+    "k": ("qk", 24, (16, 24)),
+    "norm": ("norm", 0, (24,)),
+}
 """Trainer's tensor -> (engine's parameter, first row there, shape)."""
 
 TRANSPORTS: dict[str, Transport] = {"stream": stream.StreamTransport(), "collective": collective.CollectiveTransport()}
@@ -87,7 +93,9 @@ class Sources:
         return futures
 
     def receiver(self, rank: int, turns: bool = True) -> Receiver:
-        return connect_receiver(self.transport, replace(self.link, receiver_rank=rank), self.regions, self.offers, turns)
+        return connect_receiver(
+            self.transport, replace(self.link, receiver_rank=rank), self.regions, self.offers, turns
+        )
 
     def close(self) -> None:
         for publisher in self.publishers.values():
@@ -143,11 +151,11 @@ def connect(state: dict[str, Any], transport: str, link: Link, regions: dict[int
 
 
 def signal_itself(state: dict[str, Any], number: int, version: int, bucket: int) -> None:
-    """When it is about to load that bucket of that version."""
-    load = Inflow.load
+    """Once, when it is about to load that bucket of that version."""
+    load, done = Inflow.load, threading.Lock()
 
     def signal_and_load(inflow: Inflow, index: int, of: int, seal: bytes | None) -> float:
-        if (of, index) == (version, bucket):
+        if (of, index) == (version, bucket) and done.acquire(blocking=False):
             os.kill(os.getpid(), number)
         return load(inflow, index, of, seal)
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.unit.transport.children import Child, child
 from transport.auto import Choice, Probe, Reach, Site, choose, reach
-from transport.memfd import host_identity
+from transport.host import host_identity
 
 WHY = "no anonymous shared memory: [Errno 38]"
 ELSEWHERE = "trainer and engine are on different hosts"

@@ -66,7 +66,7 @@ def test_buckets_hold_every_element_once_and_none_is_longer_than_a_buffer(case: 
     landed = [element for bucket in buckets for element in elements(bucket.landed)]
     assert sorted(landed) == sorted(elements(region.pieces))
     for bucket in buckets:
-        assert 0 < len(bucket.landed)
+        assert len(bucket.landed) > 0
         assert bucket.region.num_bytes <= num_bytes
         assert [piece.copy for piece in bucket.region.pieces] == [piece.copy for piece in bucket.landed]
 
@@ -89,9 +89,7 @@ def test_a_region_that_went_through_buckets_is_the_one_that_is_packed_at_once(ca
 class Way:
     """Both ends of a region's way through two buffers, in one process."""
 
-    def __init__(
-        self, region: Region, sources: dict[str, torch.Tensor], num_bytes: int, landed: torch.Tensor
-    ) -> None:
+    def __init__(self, region: Region, sources: dict[str, torch.Tensor], num_bytes: int, landed: torch.Tensor) -> None:
         self.buckets: list[Bucket] = cut(region, num_bytes)
         self.buffers = [allocate(num_bytes, CPU) for _ in range(NUM_BUFFERS)]
         self.packers = [
@@ -145,7 +143,9 @@ def test_a_changed_byte_is_found_where_it_has_landed_and_named():
     way.load(0, 7)
     packed = way.packers[1].write(7, True)
     way.buffers[1][399] ^= 1
-    with pytest.raises(VerificationError, match="version 7 from train rank 3: w has the digest [0-9a-f]{32}, published"):
+    with pytest.raises(
+        VerificationError, match=r"version 7 from train rank 3: w has the digest [0-9a-f]{32}, published"
+    ):
         way.inflow.load(1, 7, packed.seal)
     assert not way.inflow.is_whole
 
@@ -181,7 +181,9 @@ def test_an_image_is_a_version_only_while_all_of_it_from_every_source_is_there()
         ways[0].load(index, 4)
     for index in range(2):
         ways[1].load(index, 4)
-    with pytest.raises(VerificationError, match="version 4 from train rank 1: its region holds a version that is being"):
+    with pytest.raises(
+        VerificationError, match="version 4 from train rank 1: its region holds a version that is being"
+    ):
         landed.check(4)
     ways[1].load(2, 4)
     landed.check(4)
@@ -190,5 +192,7 @@ def test_an_image_is_a_version_only_while_all_of_it_from_every_source_is_there()
     with pytest.raises(VerificationError, match="version 2 from train rank 0: its region holds version 4"):
         landed.check(2)
     ways[0].inflow.begin()
-    with pytest.raises(VerificationError, match="version 4 from train rank 0: its region holds a version that is being"):
+    with pytest.raises(
+        VerificationError, match="version 4 from train rank 0: its region holds a version that is being"
+    ):
         landed.check(4)

@@ -12,14 +12,13 @@ import pytest
 import torch
 
 from tests.unit.transport.children import Child, child
+from transport.host import host_identity, started_ticks
 from transport.memfd import (
     Handle,
     SharedBuffer,
     SharedMemoryUnavailable,
     can_read_memory_of,
-    host_identity,
     open_buffer,
-    started_ticks,
 )
 
 a_child = pytest.fixture(child)

@@ -118,9 +118,7 @@ BLOCKS_AND_TEAMS = st.tuples(st.sampled_from([16, 64, 100, packing.BLOCK_BYTES])
 
 @given(sendings(), st.booleans(), BLOCKS_AND_TEAMS)
 @settings(max_examples=200, deadline=None)
-def test_every_piece_is_torchs_cast_and_nothing_else_is_written(
-    sending: Sending, verify: bool, work: tuple[int, int]
-):
+def test_every_piece_is_torchs_cast_and_nothing_else_is_written(sending: Sending, verify: bool, work: tuple[int, int]):
     with working_in(*work):
         flat, _ = written(sending, 5, verify)
     assert pieces_in(flat, sending.region) == sending.expected()
@@ -163,7 +161,7 @@ def two_tensors() -> Sending:
 
 @pytest.mark.parametrize("team_size", [1, 2, 3])
 def test_pieces_larger_than_a_block_between_small_ones_are_digested_whole(team_size: int):
-    # Blocks of 65,536 bytes. b and d have 2.5 blocks each, the strided e 3; a, c and f are joined with their neighbours.
+    # Blocks of 65,536 bytes: b and d have 2.5 each, the strided e 3; a, c and f are joined with their neighbours.
     sizes = {"a": 32, "b": 81_920, "c": 16, "d": 81_952, "f": 8}
     memory = values(sum(sizes.values()), torch.float32, seed=0)
     parts = memory.split(list(sizes.values()))

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.unit.transport.children import Child, child
-from transport.memfd import started_ticks
-from transport.run_folder import Owner, make_run_folder, remove_dead_folders, remove_run_folder
+from transport.host import Owner, started_ticks
+from transport.run_folder import make_run_folder, remove_dead_folders, remove_run_folder
 
 a_child = pytest.fixture(child)
 

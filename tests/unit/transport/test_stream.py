@@ -29,12 +29,13 @@ from transport.audience import Audience
 from transport.base import Link
 from transport.deadline import PATIENCE_SHARE, WHOLE_SHARE
 from transport.frames import Filled, FrameError, Left, Loaded, Missed, Ready, encode, from_source, open_socket
+from transport.host import Owner
 from transport.receipt import VerificationError
-from transport.run_folder import Owner
 from transport.stream import StreamPublisher, StreamReceiver
 
 a_child = pytest.fixture(child)
-TIMEOUT_S = 8.0
+TIMEOUT_S = 20.0
+FREEZE_TIMEOUT_S = 10.0
 NUM_BUCKETS = 4
 ANSWER_S = 60
 
@@ -112,7 +113,9 @@ def test_a_changed_byte_is_found_and_named_and_the_next_version_heals(opened: Op
     for packed in published:
         packed.result(ANSWER_S)
     assert time.monotonic() - start < PATIENCE_SHARE * TIMEOUT_S, "the sources were told"
-    with pytest.raises(VerificationError, match="version 5 from train rank .: its region holds a version that is being"):
+    with pytest.raises(
+        VerificationError, match=r"version 5 from train rank [01]: its region holds a version that is being"
+    ):
         receivers[0].check(5)
     published, staged = sources.publish(6), stage_all(receivers, 6)
     assert [future.result(ANSWER_S) and True for future in (*published, *staged)] == [True] * 4
@@ -144,7 +147,7 @@ def test_a_receiver_that_dies_keeps_nobody_waiting(opened: Open, a_child: Child,
 def test_a_receiver_that_freezes_is_given_up_in_time_for_the_others_and_heals_when_it_wakes(
     opened: Open, a_child: Child
 ):
-    sources = opened([0, 1])
+    sources = opened([0, 1], FREEZE_TIMEOUT_S)
     steady = sources.receiver(0)
     pid = a_child.call(connect, "stream", replace(sources.link, receiver_rank=1), sources.regions, sources.offers)
     a_child.call(signal_itself, signal.SIGSTOP, 1, 1)
@@ -159,7 +162,7 @@ def test_a_receiver_that_freezes_is_given_up_in_time_for_the_others_and_heals_wh
         for future in (*published, *staged):
             future.result(ANSWER_S)
         assert has(steady, 2)
-        assert time.monotonic() - start < PATIENCE_SHARE * TIMEOUT_S, "it is not waited for twice"
+        assert time.monotonic() - start < PATIENCE_SHARE * FREEZE_TIMEOUT_S, "it is not waited for twice"
         os.kill(pid, signal.SIGCONT)
         assert frozen.result(ANSWER_S).startswith(("TimeoutError: version 1", "VerificationError: version 1"))
         woken = threads.submit(a_child.call, stage, 3)
@@ -171,7 +174,7 @@ def test_a_receiver_that_freezes_is_given_up_in_time_for_the_others_and_heals_wh
 
 
 def test_a_receiver_that_missed_a_version_gets_the_next_one(opened: Open):
-    sources = opened([0, 1])
+    sources = opened([0, 1], FREEZE_TIMEOUT_S)
     receivers = [sources.receiver(rank) for rank in range(2)]
     for version, takers in ((1, receivers), (2, receivers[:1]), (3, receivers)):
         published, staged = sources.publish(version), stage_all(takers, version)
@@ -186,9 +189,7 @@ def test_a_stage_of_what_nobody_publishes_ends_in_time_and_names_the_train_ranks
     start = time.monotonic()
     with pytest.raises(TimeoutError) as caught:
         receiver.stage(1, {})
-    assert str(caught.value) == (
-        "version 1: not here within 0.9 s: train rank 0 (0 of 4 buckets), 1 (0 of 4 buckets)"
-    )
+    assert str(caught.value) == ("version 1: not here within 0.9 s: train rank 0 (0 of 4 buckets), 1 (0 of 4 buckets)")
     assert 0.9 <= time.monotonic() - start < 3
     published, staged = sources.publish(2), stage_all([receiver], 2)
     for future in (*published, *staged):
