@@ -268,10 +268,10 @@ def _meet_by_gloo() -> None:
 def describe_parameter(name: str, tensor: torch.Tensor, model: torch.nn.Module, num_ranks: int) -> EngineParameter:
     """What a rank holds of a parameter, by the layer that it belongs to; with a refusal if that is not known."""
     plain = EngineParameter(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-    if num_ranks == 1:
-        return plain
     path, _, kind = name.rpartition(".")
     layer = model.get_submodule(path)
+    if num_ranks == 1 and CUTS.get(type(layer)) is not _experts:  # whole, and some kernels reorder experts even so
+        return plain
     method = getattr(layer, "quant_method", None)
     if method is not None and not isinstance(method, UNQUANTIZED):
         return dataclasses.replace(plain, refusal=f"a refit cannot cut weights of {type(method).__name__} over ranks")

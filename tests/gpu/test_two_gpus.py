@@ -71,7 +71,7 @@ def freezing_engine(side: EngineSide, meeting: Meeting) -> OurEngine:
             os.kill(os.getpid(), signal.SIGSTOP)
         return load(inflow, index, version, seal)
 
-    Inflow.load = freeze_and_load  # type: ignore[method-assign]
+    Inflow.load = freeze_and_load  # type: ignore[assignment, method-assign]
     return OurEngine(side, meeting)
 
 
