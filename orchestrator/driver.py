@@ -33,6 +33,9 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "NIXL_LOG_LEVEL": "ERROR",
+    # A worker outlives an error of NCCL's, and says it: every wait of ours has a deadline. The second: at once.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }

@@ -128,7 +128,9 @@ def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
     """A flat uint8 buffer of at least `num_bytes`: whole pages, already touched, in huge pages where there are some."""
     num_bytes = max(aligned(num_bytes, mmap.PAGESIZE), mmap.PAGESIZE)
     if device.type != "cpu":
-        return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        flat = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        torch.cuda.current_stream(device).synchronize()  # who writes it next does not know this stream
+        return flat
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared ones get no huge pages
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)

@@ -36,6 +36,8 @@ class Site:
     handle: Handle | None
     unavailable: str = ""
     """Why there is no shared memory."""
+    gpu: str = ""
+    """The GPU's id, the same in every process; empty on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Reach:
     can_read: bool
     why_not_shared: str = ""
     host: str = ""
+    gpu: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +76,19 @@ class Probe:
         except OSError as error:
             unavailable = f"no anonymous shared memory: {error}"
         address = ctypes.addressof(self._bytes)
-        self.site = Site(host_identity(), device, os.getpid(), address, expected, handle, unavailable)
+        self.site = Site(host_identity(), device, os.getpid(), address, expected, handle, unavailable, gpu_of(device))
+
+
+def gpu_of(device: str) -> str:
+    """The id of the GPU that this process works on."""
+    return str(torch.cuda.get_device_properties(0).uuid) if device == "cuda" else ""
 
 
 def reach(sites: list[Site], device: str) -> Reach:
     """Try every train rank from this process."""
+    gpu = gpu_of(device)
     if any(site.host != host_identity() for site in sites):
-        return Reach(device, False, False, False, "trainer and engine are on different hosts", host_identity())
+        return Reach(device, False, False, False, "trainer and engine are on different hosts", host_identity(), gpu)
     why_not = ""
     for site in sites:
         try:
@@ -90,7 +99,7 @@ def reach(sites: list[Site], device: str) -> Reach:
         except OSError as error:
             why_not = why_not or str(error)
     can_read = all(can_read_memory_of(site.pid, site.address, site.expected) for site in sites)
-    return Reach(device, True, not why_not, can_read, why_not, host_identity())
+    return Reach(device, True, not why_not, can_read, why_not, host_identity(), gpu)
 
 
 def choose(wanted: str, sites: list[Site], engine: Reach) -> Choice:
@@ -105,6 +114,10 @@ def choose(wanted: str, sites: list[Site], engine: Reach) -> Choice:
             raise ValueError("transport.type=shared_memory needs the CPU: on CUDA use nixl, or stream where colocated")
         if not engine.can_share and (on_cpu or not engine.same_host):
             raise ValueError(f"transport.type={wanted}: {engine.why_not_shared}; use nixl, object_store or auto")
+    if wanted == "stream" and any(site.device != engine.device for site in sites):
+        raise ValueError("transport.type=stream needs trainer and engine on one kind of device; use nixl or auto")
+    if wanted == "collective" and engine.gpu and any(site.gpu == engine.gpu for site in sites):
+        raise ValueError("transport.type=collective: NCCL has no group within one GPU; use nixl, stream or auto")
     if wanted != "auto":
         return Choice(wanted)
     if not on_cpu or not engine.same_host:

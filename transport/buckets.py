@@ -21,6 +21,8 @@ from transport.receipt import VerificationError, check_digests, check_version, w
 
 NUM_BUFFERS = 2
 MIN_BUFFER_BYTES, MAX_BUFFER_BYTES = 4 << 20, 16 << 20
+MAX_CUDA_BUFFER_BYTES = 64 << 20
+"""On a GPU the two sides' messages cost more than a pass over so many bytes."""
 MEMORY_SHARE = 256
 """A buffer takes one part in so many of what is free, within those bounds."""
 
@@ -36,13 +38,13 @@ class Bucket:
 def buffer_bytes(device: torch.device) -> int:
     """The length of one buffer, by the memory that is free now."""
     if device.type == "cuda":
-        return bounded(torch.cuda.mem_get_info(device)[0] // MEMORY_SHARE)
+        return bounded(torch.cuda.mem_get_info(device)[0] // MEMORY_SHARE, MAX_CUDA_BUFFER_BYTES)
     return bounded(psutil.virtual_memory().available // MEMORY_SHARE)
 
 
-def bounded(num_bytes: int) -> int:
+def bounded(num_bytes: int, max_bytes: int = MAX_BUFFER_BYTES) -> int:
     """Whole huge pages, within the bounds of a buffer."""
-    return min(max(num_bytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES, MIN_BUFFER_BYTES), MAX_BUFFER_BYTES)
+    return min(max(num_bytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES, MIN_BUFFER_BYTES), max_bytes)
 
 
 def cut(region: Region, num_bytes: int) -> list[Bucket]:

@@ -29,6 +29,7 @@ from transport.receipt import VerificationError, digest
 from transport.roll_call import Answer, Attendance, RollCall, Roster, StoreAddress
 
 MAX_ATTEMPTS = 4
+POLL_S = 1e-4
 NUM_GLOO_DEVICES = 2
 """Connections between two members, a thread for each: one does not fill the loopback."""
 
@@ -54,7 +55,7 @@ class Group:
     def __init__(self, seat: Seat, store: dist.Store, timeout_s: float, device: torch.device) -> None:
         self.seat = seat
         self._timeout = datetime.timedelta(seconds=timeout_s)
-        self._wait_for = [self._timeout] if device.type == "cuda" else []  # gloo ends by itself, NCCL does not
+        self._ends_by_itself = device.type != "cuda"  # gloo does, NCCL does not
         prefixed = dist.PrefixStore(seat.group, store)
         make: Any = self._nccl if device.type == "cuda" else self._gloo
         try:
@@ -73,9 +74,19 @@ class Group:
 
     def wait(self, work: Any) -> None:
         try:
-            work.wait(*self._wait_for)
+            if not self._ends_by_itself:
+                self._wait_until_completed(work)
+            work.wait()
         except RuntimeError as error:
             raise GroupBroken(f"group {self.seat.group}: {error}") from error
+
+    def _wait_until_completed(self, work: Any) -> None:
+        """NCCL's own wait with a timeout marks the work as failed, for which its watchdog ends the process."""
+        deadline = Deadline(self._timeout.total_seconds())
+        while not work.is_completed():
+            if deadline.left_s() == 0:
+                raise GroupBroken(f"group {self.seat.group}: a member was not there after {deadline.seconds:.1f} s")
+            time.sleep(POLL_S)
 
     def close(self) -> None:
         """Ends what is under way."""
@@ -90,7 +101,8 @@ class Group:
         return gloo(store, seat.rank, seat.size, options)
 
     def _nccl(self, store: dist.Store, seat: Seat) -> Any:
-        """Not yet run. A watchdog of NCCL ends the process on its timeout: `wait` shall come before it."""
+        """Not yet run. A watchdog of NCCL ends the process on its timeout, and on any error of NCCL's own unless
+        TORCH_NCCL_ASYNC_ERROR_HANDLING is 0: `wait` comes before the first, orchestrator/driver.py sets the second."""
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = self._timeout * 10
         return dist.ProcessGroupNCCL(store, seat.rank, seat.size, options)

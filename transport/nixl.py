@@ -66,7 +66,7 @@ class NixlReceiver:
     def __init__(self, regions: dict[int, Region], landing: Landing, offers: Offers) -> None:
         rest_progress_thread()
         self._boxes: dict[int, list[list[Any]]] = dict(offers)
-        self._is_image = len(regions) == 1
+        self._is_image, self._device = len(regions) == 1, landing.device
         self._num_halves = landing.num_halves if self._is_image else 1
         self._unpackers: list[dict[int, Unpacker]] = []
         for half in range(self._num_halves):
@@ -82,6 +82,8 @@ class NixlReceiver:
 
     def stage(self, version: int, packed: Mapping[int, Packed]) -> Landed:
         pull_s = verify_s = 0.0
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # gives this thread the GPU's context, for UCX
         for rank, unpacker in self._at(version).items():
             start = time.perf_counter()
             self._pull(rank, version, unpacker.flat)

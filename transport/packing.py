@@ -17,6 +17,7 @@ import torch
 import xxhash
 
 from transport.arena import Piece, Region
+from transport.mirror import mirror
 from transport.receipt import check_digests, check_version, digest, withdraw_receipt, write_receipt
 from transport.team import deal, run_together, team_size
 
@@ -57,8 +58,11 @@ class FusedCopy:
     def __init__(self, pairs: list[Pair]) -> None:
         self._written = [destination for destination, _ in pairs]
         self._cuda = next((destination.device for destination in self._written if destination.is_cuda), None)
-        self._hands = _share_spans(_spans(pairs))
-        self._blocks: list[list[_Block]] = _share_blocks(_blocks(pairs)) if self._cuda is None else []
+        if self._cuda is not None:  # one stream does not get faster by threads, and each has a stream of its own
+            mirror()
+            self._hands, self._blocks = [_spans(pairs)], list[list[_Block]]()
+        else:
+            self._hands, self._blocks = _share_spans(_spans(pairs)), _share_blocks(_blocks(pairs))
 
     @torch.no_grad()
     def run(self, verify: bool) -> tuple[list[bytes], float]:
@@ -67,9 +71,10 @@ class FusedCopy:
             return self._run_blocks()
         run_together([functools.partial(_copy_spans, hand) for hand in self._hands])
         if self._cuda is not None:
-            torch.cuda.synchronize(self._cuda)
+            # Who reads next may be another process. Other streams may be stuck in a broadcast: they are not waited for.
+            torch.cuda.current_stream(self._cuda).synchronize()
         copied = time.perf_counter()
-        digests = [digest(_bytes(destination)) for destination in self._written] if verify else []
+        digests = mirror().digests(self._written) if verify else []
         return digests, time.perf_counter() - copied
 
     def _run_blocks(self) -> tuple[list[bytes], float]:
@@ -115,7 +120,9 @@ def _digests(tensors: list[torch.Tensor]) -> list[bytes]:
 
 
 def digests_of(tensors: list[torch.Tensor]) -> list[bytes]:
-    """The digest of each tensor's bytes, by the whole team."""
+    """The digest of each tensor's bytes, by the whole team where they are on the host."""
+    if tensors and tensors[0].is_cuda:
+        return mirror().digests(tensors)
     hands = deal([float(tensor.nbytes) for tensor in tensors], team_size())
     jobs = [functools.partial(_digests, [tensors[i] for i in hand]) for hand in hands]
     found = {
@@ -150,6 +157,8 @@ class Unpacker:
     def __init__(self, region: Region, flat: torch.Tensor) -> None:
         self._region, self.flat = region, flat
         self.views = [piece.view(flat) for piece in region.pieces]
+        if flat.is_cuda:
+            mirror()
 
     def check(self, version: int, seal: bytes | None) -> None:
         """Raises VerificationError unless this is `version`, and (with a seal) unless every digest agrees."""
@@ -171,7 +180,7 @@ def narrow(tensor: torch.Tensor, start: Sequence[int], shape: Sequence[int]) -> 
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _spans(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:

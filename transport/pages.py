@@ -43,7 +43,8 @@ def map_shared(descriptor: int, num_bytes: int, writable: bool) -> torch.Tensor:
         raise
     _libc.madvise(address, num_bytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES, MADV_COLLAPSE)  # at best
     memory = (ctypes.c_uint8 * num_bytes).from_address(address)
-    weakref.finalize(memory, _libc.munmap, reserved, reserved_bytes)
+    # Not when the interpreter ends: a thread may still read then, and the kernel takes all mappings in the end.
+    weakref.finalize(memory, _libc.munmap, reserved, reserved_bytes).atexit = False
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 

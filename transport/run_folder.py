@@ -13,7 +13,6 @@ import os
 import pathlib
 import re
 import shutil
-import stat
 import tempfile
 
 from configs.schema import NAME_PATTERN
@@ -58,7 +57,7 @@ def _base() -> pathlib.Path:
     host = hashlib.sha256(host_identity().encode()).hexdigest()[:8]
     base = pathlib.Path(tempfile.gettempdir()) / f"rayfit-{os.getuid()}-{host}"
     base.mkdir(mode=0o700, exist_ok=True)
-    found = base.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    found = base.lstat()  # a link is open to everybody
+    if found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise PermissionError(f"{base} is not a folder of this user alone: remove it, or set TMPDIR to another place")
     return base

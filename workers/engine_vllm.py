@@ -93,6 +93,9 @@ class VllmEngine:
             # A shorter prompt fills no block that another request could share; looking costs a tenth of a decode step.
             enable_prefix_caching=max_model_len - config.max_tokens >= KV_BLOCK_TOKENS,
             disable_log_stats=True,
+            # On CUDA vLLM would keep a batch in flight between two steps, and take MoE kernels that reorder experts.
+            async_scheduling=False,
+            moe_backend="auto" if current_platform.is_cpu() else "triton",
             seed=seed % 2**31,
             **(_parallel_arguments(self._num_ranks, peer_timeout_s) if self._num_ranks > 1 else {}),
         )
@@ -270,8 +273,9 @@ def describe_parameter(name: str, tensor: torch.Tensor, model: torch.nn.Module, 
     plain = EngineParameter(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
     path, _, kind = name.rpartition(".")
     layer = model.get_submodule(path)
-    if num_ranks == 1 and CUTS.get(type(layer)) is not _experts:  # whole, and some kernels reorder experts even so
-        return plain
+    if num_ranks == 1:  # it is whole, but some kernels reorder experts even so
+        reordered = CUTS.get(type(layer)) is _experts and _experts(plain, layer, kind).refusal
+        return dataclasses.replace(plain, refusal=reordered or "")
     method = getattr(layer, "quant_method", None)
     if method is not None and not isinstance(method, UNQUANTIZED):
         return dataclasses.replace(plain, refusal=f"a refit cannot cut weights of {type(method).__name__} over ranks")

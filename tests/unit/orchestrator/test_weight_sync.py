@@ -31,6 +31,8 @@ DEADLINE_S = 30.0
 PARAMETERS: Parameters = {"m.a": ((4,), "float32"), "m.b": ((3,), "bfloat16")}
 GARBAGE = 99.0
 """What a half holds while it is being written."""
+PUBLISH_PARTS = 3
+"""It begins to write, it has written, it answers."""
 
 
 class Clock(asyncio.SelectorEventLoop):
@@ -92,12 +94,13 @@ class Trainer(Worker):
 
 
 class Actor:
-    """A process as Ray shows it. Calls run one by one, in order, at `go_on`."""
+    """A process as Ray shows it. Calls run one by one, in order, at `go_on`; a publish call takes several."""
 
     def __init__(self, clock: Clock, worker: Worker) -> None:
         self.run = self  # so that `actor.run.remote(...)` is what it is with Ray
-        self.worker, self.is_dead, self.has_begun = worker, False, False
-        self._clock = clock
+        self.worker, self.is_dead = worker, False
+        self._clock, self._parts_done = clock, 0
+        self._result: Any = None
         self.calls: deque[tuple[str, tuple[Any, ...], asyncio.Future[Any]]] = deque()
 
     def remote(self, method: str, *arguments: Any) -> "asyncio.Future[Any]":
@@ -112,18 +115,18 @@ class Actor:
         """Run the next call, or the next part of it."""
         if not self.calls:
             return
-        method, arguments, future = self.calls[0]
-        if method == "publish" and not self.has_begun:
-            self.has_begun = True
+        method, arguments, _ = self.calls[0]
+        if method == "publish" and self._parts_done == 0:
             self.worker.begin(arguments[0])  # type: ignore[attr-defined]
-            return
-        self.calls.popleft()
-        self.has_begun = False
-        try:
-            answer = self.worker.run(method, *arguments)
-        except RuntimeError as error:
-            answer = error
-        self._answer(future, answer)
+        elif method != "publish" or self._parts_done == 1:
+            try:
+                self._result = self.worker.run(method, *arguments)
+            except RuntimeError as error:
+                self._result = error
+        self._parts_done += 1
+        if self._parts_done == (PUBLISH_PARTS if method == "publish" else 1):
+            self._parts_done = 0
+            self._answer(self.calls.popleft()[2], self._result)
 
     def fail(self) -> None:
         """The next call raises."""
@@ -149,8 +152,9 @@ class Run:
     """Two train ranks and some engines, connected."""
 
     def __init__(
-        self, num_engines: int = 2, ranks: int = 1, lands: bool = False, turns: bool = True, verify: str = "always"
-    ) -> None:
+        self, num_engines: int = 2, ranks: int = 1, lands: bool = False, turns: bool = True, verify: str = "always",
+        one_sided: bool = True,
+    ) -> None:  # fmt: skip
         self.clock = Clock()
         self.engines: list[HoldingEngine] = []
         self.trainers = [Actor(self.clock, Trainer(rank)) for rank in range(2)]
@@ -167,7 +171,7 @@ class Run:
         self.sync = WeightSync(groups[0], groups[1], config, DEADLINE_S, ranks, self.notes.append)
         self.refits: asyncio.Task[RefitReport] | None = None
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("orchestrator.channels.make_transport", lambda kind: LocalTransport(lands))
+            patch.setattr("orchestrator.channels.make_transport", lambda kind: LocalTransport(lands, one_sided))
             self._finish(self.clock.create_task(self.sync.connect(DEADLINE_S)))
 
     def _maker(self, turns: bool) -> Callable[[], HoldingEngine]:
@@ -206,7 +210,7 @@ class Run:
     def publish(self) -> None:
         """Begin a refit, up to where the engines are told to stage."""
         self.start_refit()
-        for actor in self.trainers * 2:
+        for actor in self.trainers * PUBLISH_PARTS:
             actor.go_on()
 
     def ranks_of(self, engine: int) -> range:
@@ -260,11 +264,35 @@ def test_every_refit_is_one_call_per_train_rank_and_two_per_engine_rank(runs: Ru
 def test_nobody_stages_before_every_train_rank_has_published(runs: Runs):
     run = runs()
     run.start_refit()
-    for actor in (run.trainers[0], run.trainers[0], run.trainers[1]):
+    for actor in (*run.trainers, *run.trainers, run.trainers[0]):
         actor.go_on()
     assert run.is_publishing and not any(actor.calls for actor in run.rollouts)
+    with pytest.raises(AssertionError, match="version 1 is still being written"):
+        run.sync.life.begin_stage(0, 1)
     run.trainers[1].go_on()
     assert [actor.calls[0][0] for actor in run.rollouts] == ["stage", "stage"]
+
+
+def test_where_both_sides_meet_engines_stage_while_train_ranks_publish(runs: Runs):
+    run = runs(one_sided=False)
+    for version in (1, 2):
+        run.start_refit()
+        assert [actor.calls[0][0] for actor in run.actors] == ["publish", "publish", "stage", "stage"]
+        assert run.rollouts[0].calls[0][1] == (version, {})  # what train ranks announce comes another way
+        for actor in run.trainers * 2:
+            actor.go_on()
+        run._finish(run.refits)  # type: ignore[arg-type]
+        assert run.serves(0, version) and run.serves(1, version)
+
+
+def test_where_both_sides_meet_nobody_commits_before_every_train_rank_has_published(runs: Runs):
+    run = runs(one_sided=False)
+    run.start_refit()
+    for actor in (*run.trainers, *run.trainers, run.trainers[0], run.rollouts[0]):
+        actor.go_on()
+    assert run.is_publishing and not run.rollouts[0].calls  # it has staged
+    run.trainers[1].go_on()
+    assert [actor.calls[0][0] for actor in run.rollouts] == ["commit", "stage"]
 
 
 def test_an_engine_that_was_given_bad_bytes_is_quarantined_and_the_others_are_not_kept_waiting(runs: Runs):
@@ -301,7 +329,7 @@ def test_a_frozen_engine_is_left_alone_until_it_wakes_and_wakes_without_harm(run
     assert run.sync.life.quarantined() == {1: "rollout/1 did not answer commit within 30 s"}
     for _ in range(2):
         run.start_refit()
-        for _ in range(4):
+        for _ in range(5):
             for actor in (*run.trainers, run.rollouts[0]):
                 actor.go_on()
         assert run.refits is not None and run.refits.done()
@@ -325,7 +353,7 @@ def test_an_engine_that_was_late_with_something_else_serves_nothing_until_it_has
     assert isinstance(collect.exception(), DeadlineExceeded)
     for _ in range(2):
         run.start_refit()
-        for _ in range(4):
+        for _ in range(5):
             for actor in (*run.trainers, run.rollouts[0]):
                 actor.go_on()
         assert run.sync.life.serving() == [0]
@@ -353,7 +381,7 @@ def test_a_rank_that_keeps_the_others_of_its_engine_waiting_is_left_alone_too(ru
     for rank in (0, 1, 0, 1):
         run.rollouts[rank].go_on()
     run.start_refit()
-    for _ in range(4):
+    for _ in range(5):
         for actor in (*run.trainers, *run.rollouts[:2]):
             actor.go_on()
     assert [call[1][0] for call in run.rollouts[3].calls] == [3]  # it owes the answer to version 3, and gets no more

@@ -133,6 +133,13 @@ def test_the_first_obstacle_of_several_train_ranks_is_reported(a_child: Child):
     assert reach([*sites, a_child.call(probe)], "cpu").why_not_shared == "first"
 
 
+def test_train_ranks_can_be_read_only_if_all_of_them_can(a_child: Child):
+    there = a_child.call(probe)
+    moved = replace(there, address=there.address + 1)
+    assert reach([there, there], "cpu").can_read
+    assert [reach(sites, "cpu").can_read for sites in ([there, moved], [moved, there])] == [False, False]
+
+
 def test_a_train_rank_that_has_ended_is_out_of_reach(a_child: Child):
     gone = a_child.call(probe)
     a_child.kill()

@@ -1,9 +1,13 @@
 import ctypes
 import fcntl
+import gc
 import mmap
 import os
 import pathlib
 import signal
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -210,6 +214,37 @@ def test_a_killed_owner_leaves_its_readers_their_pages_and_nothing_else(a_child:
     named = pathlib.Path("/dev/shm")
     assert not named.exists() or not [path for path in named.iterdir() if path.stat().st_ino == handle.inode]
     assert not named.exists() or not [path for path in named.iterdir() if "rayfit-weights" in path.name]
+
+
+def mappings() -> int:
+    return pathlib.Path("/proc/self/maps").read_text().count("/memfd:rayfit-weights")
+
+
+def test_a_mapping_goes_with_the_last_view_of_it():
+    gc.collect()
+    before = mappings()
+    buffer = SharedBuffer(4096)
+    flat = open_buffer(buffer.handle, writable=False)
+    view = flat[64:72].view(torch.float32)
+    del flat
+    assert view.tolist() == [0.0, 0.0]
+    assert mappings() == before + 2
+    del view
+    gc.collect()
+    assert mappings() == before + 1
+
+
+def test_what_runs_while_a_process_ends_may_still_read():
+    # Functions for the end run in reverse order: this one after whatever a mapping asks for.
+    script = """
+        import atexit
+        atexit.register(lambda: print(sum(bytes(memory))))
+        from transport.memfd import SharedBuffer
+        flat = SharedBuffer(4096).flat.fill_(1)
+        memory = flat.numpy().data
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=60, capture_output=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"4096\n", b"")
 
 
 def test_processes_of_one_host_have_one_identity(a_child: Child):

@@ -262,16 +262,16 @@ def sent_by_rank(copies: list[Copy]) -> Counter[int]:
 
 
 def test_two_replicas_send_half_each():
-    source = [placed(name, (4,), whole((4,), 0), whole((4,), 1)) for name in "abcd"]
-    destination = [placed(name, (4,), whole((4,))) for name in "abcd"]
+    source = share([placed(name, (4,), whole((4,), 0), whole((4,), 1)) for name in "abcd"])
+    destination = share([placed(name, (4,), whole((4,))) for name in "abcd"])
     assert sent_by_rank(check_arrival(source, destination)) == {0: 8, 1: 8}
 
 
 def test_two_shards_on_two_replicas_make_four_senders():
     # HSDP: ranks 0 and 2 hold rows 0-1, ranks 1 and 3 rows 2-3. Two tensors of 4 rows each: 2 rows from every rank.
     shards = (rows(0, 2, 0), rows(2, 2, 1), rows(0, 2, 2), rows(2, 2, 3))
-    source = [placed(name, (4,), *shards) for name in "ab"]
-    copies = check_arrival(source, [placed(name, (4,), whole((4,))) for name in "ab"])
+    source = share([placed(name, (4,), *shards) for name in "ab"])
+    copies = check_arrival(source, share([placed(name, (4,), whole((4,))) for name in "ab"]))
     assert sent_by_rank(copies) == {0: 2, 1: 2, 2: 2, 3: 2}
 
 
@@ -286,8 +286,8 @@ def test_four_engine_ranks_that_want_all_of_a_tensor_get_it_from_four_replicas()
 def test_replicas_differ_by_no_more_than_the_largest_tensor(sizes: list[int], replicas: int):
     shapes: dict[str, Shape] = {f"w{index}": (size,) for index, size in enumerate(sizes)}
     ranks = range(replicas)
-    source = [placed(name, shape, *(whole(shape, rank) for rank in ranks)) for name, shape in shapes.items()]
-    copies = check_arrival(source, [placed(name, shape, whole(shape)) for name, shape in shapes.items()])
+    source = share([placed(name, shape, *(whole(shape, rank) for rank in ranks)) for name, shape in shapes.items()])
+    copies = check_arrival(source, share([placed(name, shape, whole(shape)) for name, shape in shapes.items()]))
     sent = sent_by_rank(copies)
     assert max(sent[rank] for rank in ranks) - min(sent[rank] for rank in ranks) <= max(sizes)
 

@@ -77,6 +77,13 @@ def test_a_name_that_is_no_folder_name_is_refused(name: str):
         make_run_folder(name)
 
 
+def test_a_place_that_somebody_else_made_is_refused(monkeypatch: pytest.MonkeyPatch):
+    another = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: another)
+    with pytest.raises(PermissionError, match="is not a folder of this user alone"):
+        make_run_folder("a")
+
+
 def test_a_place_that_others_can_reach_is_refused(tmp_path: pathlib.Path):
     base = make_run_folder("a").parent
     base.chmod(0o750)

@@ -28,7 +28,18 @@ from tests.unit.transport.small_channel import (
 from transport.audience import Audience
 from transport.base import Link
 from transport.deadline import PATIENCE_SHARE, WHOLE_SHARE
-from transport.frames import Filled, FrameError, Left, Loaded, Missed, Ready, encode, from_source, open_socket
+from transport.frames import (
+    Filled,
+    FrameError,
+    Left,
+    Loaded,
+    Missed,
+    Ready,
+    encode,
+    from_receiver,
+    from_source,
+    open_socket,
+)
 from transport.host import Owner
 from transport.receipt import VerificationError
 from transport.stream import StreamPublisher, StreamReceiver
@@ -248,6 +259,42 @@ class RawReceiver:
         return from_source(self.socket.recv()) if self.socket.poll(round(timeout_s * 1e3)) else None
 
 
+def test_a_publish_lasts_until_the_last_bucket_has_been_loaded(opened: Open):
+    sources = opened([8])
+    raw = RawReceiver(sources.offers[0].endpoint, 8)
+    with ThreadPoolExecutor(1) as threads:
+        published = threads.submit(publisher_of(sources, 0).publish, 1, False)
+        raw.ready(1, 10)
+        for bucket in range(NUM_BUCKETS):
+            assert raw.hear() == Filled(10, bucket, None)
+            with pytest.raises(TimeoutError):
+                published.result(0.1)
+            raw.say(Loaded(10, bucket))
+        published.result(ANSWER_S)
+    raw.socket.close()
+
+
+def test_a_receiver_that_came_too_late_learns_it_at_once(opened: Open, tmp_path: pathlib.Path):
+    sources = opened([0])
+    source = open_socket(zmq.ROUTER)
+    source.bind(f"ipc://{tmp_path}/socket")
+    sources.offers = {**sources.offers, 1: replace(sources.offers[1], endpoint=f"ipc://{tmp_path}/socket")}
+    with ThreadPoolExecutor(1) as threads:
+        staged = threads.submit(sources.receiver(0).stage, 1, {})
+        identity, data = source.recv_multipart()
+        ready = from_receiver(data)
+        assert isinstance(ready, Ready)
+        source.send_multipart([identity, encode(Missed(ready.ticket - 1))])  # of a stage before
+        with pytest.raises(TimeoutError):
+            staged.result(0.2)
+        assert not staged.done()
+        source.send_multipart([identity, encode(Missed(ready.ticket))])
+        with pytest.raises(TimeoutError, match="version 1: train rank 1 went on without this engine"):
+            staged.result(TIMEOUT_S / 2)
+        assert from_receiver(source.recv_multipart()[1]) == Left(ready.ticket)
+    source.close()
+
+
 @pytest.fixture
 def audience(tmp_path: pathlib.Path) -> Iterator[Audience]:
     one = Audience(f"ipc://{tmp_path}/socket", Link("test-0", (4,), (8, 9), 2.0), 4)
@@ -303,6 +350,19 @@ def test_a_receiver_may_come_as_long_as_no_buffer_was_reused_and_is_told_when_it
     assert raw[1].hear() == Missed(20)
     audience.begin(2)
     assert audience._awaited == {8, 9}, "it is there, and expected for the next version"
+
+
+def test_a_receiver_that_stages_another_version_keeps_nobody_waiting(audience: Audience, raw: list[RawReceiver]):
+    audience.begin(2)
+    raw[0].ready(2, 10)
+    audience.announce(None)
+    raw[0].say(Loaded(10, 0))
+    raw[1].ready(1, 20)
+    audience.wait_until_loaded(1)
+    raw[1].ready(3, 21)
+    assert audience._receive(5.0)
+    assert audience._awaited == {8}
+    assert raw[1].hear(0.1) is None
 
 
 def test_a_receiver_that_was_given_up_gets_no_further_bucket(audience: Audience, raw: list[RawReceiver]):

@@ -19,10 +19,10 @@ NUM_HALVES = 2
 @dataclass(frozen=True, slots=True)
 class LocalTransport:
     """`lands`: versions are copied to the receiver's own memory; else receivers read the publishers' halves, in which
-    all train ranks write side by side."""
+    all train ranks write side by side. If it says that it is not `one_sided`, it is only called as if it were."""
 
     lands: bool = False
-    one_sided = True
+    one_sided: bool = True
 
     def arrange(self, parameters: Parameters, copies: Copies) -> dict[int, Region]:
         if self.lands:
@@ -79,7 +79,7 @@ class LocalReceiver:
         for rank, unpacker in self._unpackers(version).items():
             if self._lands:
                 unpacker.flat.copy_(self._offers[rank][version % NUM_HALVES])
-            unpacker.check(version, packed[rank].seal)
+            unpacker.check(version, packed[rank].seal if packed else None)
         return Landed(0.25, 0.5)
 
     def check(self, version: int) -> None:

@@ -247,8 +247,8 @@ def test_a_stage_waits_for_the_one_that_was_given_up_and_is_what_counts(refit: R
 
 
 def test_a_stage_that_failed_lets_the_next_one_in(refit: Refit):
-    with pytest.raises(KeyError):
-        refit.receiver.stage(1, {})
+    with pytest.raises(VerificationError):
+        refit.receiver.stage(1, refit.last)  # nothing has been published
     refit.stage(1)
     refit.commit(1)
     assert refit.serves(1)
