@@ -66,7 +66,7 @@ class Group:
     def broadcast(self, tensor: torch.Tensor) -> Any:
         """Starts it. Returns what `wait` takes."""
         options = dist.BroadcastOptions()
-        options.rootRank, options.timeout = 0, self._timeout
+        options.rootRank = 0
         try:
             return self._group.broadcast([tensor], options)
         except RuntimeError as error:
@@ -178,6 +178,9 @@ class CollectivePublisher:
             except GroupBroken as error:
                 broken = str(error)
                 self._part()
+            except BaseException:
+                self._part()  # it is out of step
+                raise
         raise TimeoutError(
             f"version {version}: train rank {self._source_rank} did not get it to rollout ranks {wanting} within "
             f"{MAX_ATTEMPTS} attempts and {deadline.seconds:.1f} s; {broken}"
@@ -261,13 +264,7 @@ class _Source:
             VerificationError: it is not what was published.
             TimeoutError: the source went on without this engine, or groups broke again and again.
         """
-        try:
-            return self._bring(version, self._inflows[half], deadline)
-        except BaseException:
-            self.part()
-            raise
-
-    def _bring(self, version: int, inflow: Inflow, deadline: Deadline) -> float:
+        inflow = self._inflows[half]
         broken = ""
         for attempt in range(MAX_ATTEMPTS):
             name = self._group.seat.group if self._group is not None else ""
@@ -281,6 +278,9 @@ class _Source:
                 broken = str(error)
                 self.part()
                 continue
+            except BaseException:
+                self.part()  # it is out of step
+                raise
             self._attendance.answer(version, attempt + 1, Answer(has_version=True, group=roster.group))
             if wrong is not None:
                 raise wrong

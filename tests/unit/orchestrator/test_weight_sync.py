@@ -31,6 +31,7 @@ DEADLINE_S = 30.0
 PARAMETERS: Parameters = {"m.a": ((4,), "float32"), "m.b": ((3,), "bfloat16")}
 GARBAGE = 99.0
 """What a half holds while it is being written."""
+PROBE = Probe("cpu")
 PUBLISH_PARTS = 3
 """It begins to write, it has written, it answers."""
 
@@ -65,13 +66,12 @@ class Trainer(Worker):
             for name, box in boxes.items()
         ]
         self.sender = WeightSender(self._shards, torch.device("cpu"))
-        self._probe = Probe("cpu")
 
     def layout(self) -> Layout:
         return self._layout
 
     def site(self) -> Site:
-        return self._probe.site
+        return PROBE.site
 
     def open_channels(self, outlets: list[Outlet]) -> dict[str, Any]:
         return self.sender.open(outlets)

@@ -25,11 +25,11 @@ from tests.unit.transport.small_channel import (
     stage_all,
 )
 from transport.base import Link, Receiver
-from transport.collective import CollectivePublisher
+from transport.collective import CollectivePublisher, CollectiveReceiver
 from transport.deadline import PATIENCE_SHARE, SHORT_PATIENCE_S, WHOLE_SHARE, Deadline
 from transport.packing import Packed
 from transport.receipt import VerificationError
-from transport.roll_call import MAX_MESSAGE_BYTES, Answer, Attendance, RollCall, Roster, StoreAddress
+from transport.roll_call import MAX_MESSAGE_BYTES, Answer, Attendance, RollCall, StoreAddress
 
 a_child = pytest.fixture(child)
 TIMEOUT_S = 20.0
@@ -140,6 +140,38 @@ def test_a_changed_byte_is_found_and_named_and_the_next_version_heals(opened: Op
         receivers[0].check(5)
     first.write = write
     refit(sources, receivers, 6)
+    assert groups(sources) == ["5/0/group"] * 2, "the group stayed in step"
+
+
+def test_an_end_that_fails_otherwise_leaves_its_groups_and_the_others_get_the_version(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+):
+    sources = opened([0, 1], FREEZE_TIMEOUT_S)
+    receivers = [sources.receiver(rank) for rank in range(2)]
+    refit(sources, receivers, 1)
+    failing = receivers[1]
+    assert isinstance(failing, CollectiveReceiver)
+
+    def fail(*arguments: object) -> float:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        for source in failing._sources:
+            patch.setattr(source._inflows[0], "load", fail)
+        published, staged = sources.publish(2), stage_all(receivers, 2)
+        with pytest.raises(MemoryError):
+            staged[1].result(ANSWER_S)
+        for future in (*published, staged[0]):
+            future.result(ANSWER_S)
+    assert [source._group for source in failing._sources] == [None, None]
+    assert has(receivers[0], 2)
+    refit(sources, receivers, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(publisher_of(sources, 1)._packers[1], "write", fail)
+        published, _ = sources.publish(4), stage_all(receivers, 4)
+        with pytest.raises(MemoryError):
+            published[1].result(ANSWER_S)
+    assert publisher_of(sources, 1)._group is None
 
 
 @pytest.mark.parametrize("bucket", [0, 3])
@@ -239,15 +271,15 @@ def test_a_source_whose_group_never_meets_gives_up_and_names_the_engines(opened:
             threads.submit(publisher.publish, 1, True).result(ANSWER_S)
 
 
-def test_a_late_engine_is_told_who_went_on_without_it():
-    link = Link("test-0", (6,), (0, 1), 2.0)
-    roll_call = RollCall(link, 6)
-    roll_call.begin()
-    engines = [Attendance(replace(link, receiver_rank=rank), 6, roll_call.address) for rank in (0, 1)]
-    engines[0].answer(1, 0, Answer(False, ""))
-    assert list(roll_call.answers(1, 0)) == [0]
-    roll_call.post(1, 0, Roster("1/0/group", [0], True))
-    assert engines[1].roster(1, 0, Deadline(1.0)).ranks == [0]
+def test_a_receiver_that_came_too_late_learns_it_at_once(opened: Open):
+    sources = opened([0, 1], FREEZE_TIMEOUT_S)
+    receivers = [sources.receiver(rank) for rank in range(2)]
+    refit(sources, receivers[:1], 1)
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"version 1: train rank [01] went on without this engine"):
+        receivers[1].stage(1, {})
+    assert time.monotonic() - start < FREEZE_TIMEOUT_S / 2
+    refit(sources, receivers, 2)
 
 
 def test_answers_of_an_old_version_and_of_an_old_attempt_count_for_nothing():
