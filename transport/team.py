@@ -7,7 +7,7 @@ process was given cores (`set_team_size`); the caller is one of them, so a team 
 import heapq
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -35,7 +35,10 @@ def run_together(jobs: Sequence[Callable[[], T]]) -> list[T]:
     if _threads is None or len(jobs) < 2:
         return [job() for job in jobs]
     others = [_threads.submit(job) for job in jobs[1:]]
-    first = jobs[0]()
+    try:
+        first = jobs[0]()
+    finally:
+        wait(others)  # nobody may still write when this returns or raises
     return [first, *(other.result() for other in others)]
 
 
