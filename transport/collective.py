@@ -32,6 +32,8 @@ MAX_ATTEMPTS = 4
 POLL_S = 1e-4
 NUM_GLOO_DEVICES = 2
 """Connections between two members, a thread for each: one does not fill the loopback."""
+NUM_GLOO_CONNECTS = 5
+"""How often gloo tries to connect to a member that is frozen, for its timeout each time."""
 
 
 class GroupBroken(RuntimeError):  # noqa: N818
@@ -56,6 +58,8 @@ class Group:
         self.seat = seat
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self._ends_by_itself = device.type != "cuda"  # gloo does, NCCL does not
+        self._options = dist.BroadcastOptions()
+        self._options.rootRank = 0
         prefixed = dist.PrefixStore(seat.group, store)
         make: Any = self._nccl if device.type == "cuda" else self._gloo
         try:
@@ -65,10 +69,8 @@ class Group:
 
     def broadcast(self, tensor: torch.Tensor) -> Any:
         """Starts it. Returns what `wait` takes."""
-        options = dist.BroadcastOptions()
-        options.rootRank = 0
         try:
-            return self._group.broadcast([tensor], options)
+            return self._group.broadcast([tensor], self._options)
         except RuntimeError as error:
             raise GroupBroken(f"group {self.seat.group}: {error}") from error
 
@@ -97,7 +99,8 @@ class Group:
         gloo: Any = dist.ProcessGroupGloo
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname=seat.address) for _ in range(NUM_GLOO_DEVICES)]
-        options._threads, options._timeout = NUM_GLOO_DEVICES, self._timeout
+        options._threads, options._timeout = NUM_GLOO_DEVICES, self._timeout / NUM_GLOO_CONNECTS
+        self._options.timeout = self._timeout
         return gloo(store, seat.rank, seat.size, options)
 
     def _nccl(self, store: dist.Store, seat: Seat) -> Any:
